@@ -1,1 +1,4 @@
-//! virtmark
+//! Virtmark: incremental, snapshot-less backup of running libvirt/QEMU virtual machines from Kubernetes.
+
+pub mod api;
+pub mod reason;

@@ -1,0 +1,115 @@
+//! `VmCheckpoint`: a point in time to start the next incremental from. It outlives its VmBackup.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use serde::{Deserialize, Serialize};
+
+use super::{Phase, schema};
+
+/// What the checkpoint is; immutable, so that a restored etcd loses nothing.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[cfg_attr(test, kube(cel))]
+#[kube(
+    group = "virtmark.dev",
+    version = "v1alpha1",
+    kind = "VmCheckpoint",
+    plural = "vmcheckpoints",
+    singular = "vmcheckpoint",
+    shortname = "vmcp",
+    category = "virtmark",
+    namespaced,
+    status = "VmCheckpointStatus",
+    derive = "PartialEq",
+    doc = "VmCheckpoint is a point in time of a virtual machine from which an incremental backup can start: a dirty bitmap in each of its qcow2 disks. Deleting it deletes the bitmaps.",
+    selectable = ".spec.vm",
+    selectable = ".status.nodeName",
+    printcolumn(name = "VM", type_ = "string", json_path = ".spec.vm"),
+    printcolumn(
+        name = "Usable",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Usable\")].status"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Usable\")].reason"
+    ),
+    printcolumn(name = "Taken", type_ = "date", json_path = ".spec.creationTime"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp", priority = 1)
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self == oldSelf").message("a checkpoint's spec is immutable"))]
+pub struct VmCheckpointSpec {
+    /// Name of the LibvirtDomain, in this namespace.
+    #[schemars(length(min = 1, max = 253), regex(pattern = schema::OBJECT_NAME))]
+    pub vm: String,
+    /// The libvirt uuid of the VM: a new VM of the same name is another VM.
+    #[schemars(length(min = 36, max = 36), regex(pattern = schema::UUID))]
+    pub vm_uuid: String,
+    /// The checkpoint's name in libvirt, hence the dirty bitmap's name in each image.
+    #[schemars(length(min = 1, max = 200), regex(pattern = r"^[A-Za-z0-9_.:-]+$"))]
+    pub bitmap: String,
+    /// When it was made.
+    pub creation_time: Time,
+    /// The disks that have the bitmap.
+    #[schemars(length(min = 1, max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["target".into()]))]
+    pub disks: Vec<CheckpointDisk>,
+}
+
+/// A disk in a checkpoint, as it was then.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointDisk {
+    /// Its target in the domain, `vda`.
+    #[schemars(length(min = 1, max = 64), regex(pattern = schema::TARGET))]
+    pub target: String,
+    /// Its serial number, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub serial: Option<String>,
+    /// Its virtual size in bytes.
+    #[schemars(range(min = 0))]
+    pub size: i64,
+    /// Its image format, `qcow2`.
+    #[schemars(length(max = 32))]
+    pub format: String,
+}
+
+/// What was observed of the checkpoint.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct VmCheckpointStatus {
+    /// The generation of the spec that this status answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Initializing until its backup succeeded, then Ready; Finalizing while its bitmaps are removed.
+    #[serde(default)]
+    pub phase: Phase,
+    /// Usable: an incremental can start here. HostClean: its bitmaps are gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// The node whose agent removes the bitmaps, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub node_name: Option<String>,
+    /// Per disk, what became of the bitmap.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["target".into()]))]
+    pub disks: Vec<CheckpointDiskStatus>,
+}
+
+/// What was observed of one disk's bitmap.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointDiskStatus {
+    /// The disk's target in the domain.
+    #[schemars(length(max = 64))]
+    pub target: String,
+    /// Why its bitmap could not be removed yet.
+    #[schemars(length(max = 1024))]
+    pub message: String,
+}

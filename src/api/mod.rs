@@ -1,0 +1,105 @@
+//! The Kubernetes kinds of Virtmark (`virtmark.dev/v1alpha1`): what users write and read.
+//!
+//! Types, names and CEL rules only. Nothing here decides anything, talks to an API server or knows
+//! libvirt: the operator and the agent both build on this vocabulary and never call each other.
+//!
+//! ```text
+//!   VmBackup --1:n--> ImageTransfer      one disk's bytes, a ticket
+//!      |  \--1:1----> VmCheckpoint       where the next incremental starts
+//!      v
+//!   LibvirtDomain <--published from-- DomainSighting (one per node and uuid)
+//! ```
+
+mod backup;
+mod checkpoint;
+pub mod conditions;
+mod domain;
+mod schema;
+mod sighting;
+mod transfer;
+
+pub use backup::{
+    BackupDisk, BackupType, DiskMode, NbdExport, OfflinePolicy, Quiesce, QuiesceMode, TransferPolicy,
+    VmBackup, VmBackupSpec, VmBackupStatus,
+};
+pub use checkpoint::{
+    CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
+};
+pub use domain::{LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
+pub use sighting::{BackingFile, BackupSupport, DomainDisk, DomainSighting, DomainSightingSpec, DomainState};
+pub use transfer::{
+    Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, Protocol, TransferFormat,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// The API group of every kind.
+pub const GROUP: &str = "virtmark.dev";
+
+/// The finalizer that holds an object until its host is clean. Only the operator adds or removes it.
+pub const FINALIZER: &str = "virtmark.dev/host-clean";
+
+/// The type of the Secrets that carry a ticket's URL.
+pub const TICKET_SECRET_TYPE: &str = "virtmark.dev/ticket";
+
+/// Label on what belongs to one backup: its uid, the id that logs, events and metrics carry.
+pub const LABEL_BACKUP: &str = "virtmark.dev/backup-uid";
+
+/// Label that tells whose chain a backup or checkpoint belongs to (two products on one VM).
+pub const LABEL_OWNER: &str = "virtmark.dev/owner";
+
+/// The field manager of the operator's writes.
+pub const OPERATOR: &str = "virtmark-operator";
+
+/// The field manager of the agents' writes.
+pub const AGENT: &str = "virtmark-agent";
+
+/// Where a one-shot object is in its life.
+#[derive(Serialize, Deserialize, schemars::JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Being validated, bound to a node and prepared on its host.
+    #[default]
+    Initializing,
+    /// The bytes can be read.
+    Ready,
+    /// Ending: the host is being cleaned.
+    Finalizing,
+    /// Ended well.
+    Succeeded,
+    /// Ended otherwise; the conditions say why.
+    Failed,
+    /// Ended because the user asked for it (transfers only).
+    Cancelled,
+}
+
+impl Phase {
+    /// Whether the object has come to its end and never moves again.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// What the user wants of a running backup or transfer. One way: it never returns to `Running`.
+#[derive(Serialize, Deserialize, schemars::JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DesiredState {
+    /// Go on.
+    #[default]
+    Running,
+    /// The data was read: end it well.
+    Finalized,
+    /// Give up: end it and leave nothing.
+    Cancelled,
+}
+
+/// Every CRD of this group, in the order in which they are applied.
+pub fn crds()
+-> Vec<k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition> {
+    use kube::CustomResourceExt;
+    vec![
+        VmBackup::crd(),
+        VmCheckpoint::crd(),
+        ImageTransfer::crd(),
+        LibvirtDomain::crd(),
+        DomainSighting::crd(),
+    ]
+}

@@ -1,0 +1,10 @@
+//! Shared pieces of the CRD schemas. Never used outside `api`.
+
+/// A disk's target in the domain, `vda`: libvirt's `<target dev=…>`.
+pub(super) const TARGET: &str = r"^[A-Za-z0-9_.-]{1,64}$";
+
+/// The name of an object in the same namespace (RFC 1123 subdomain).
+pub(super) const OBJECT_NAME: &str = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$";
+
+/// A uuid as libvirt prints it.
+pub(super) const UUID: &str = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$";

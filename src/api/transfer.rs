@@ -1,0 +1,144 @@
+//! `ImageTransfer`: permission to move one disk's bytes. The ticket itself is in a Secret, never here.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{DesiredState, NbdExport, Phase, schema};
+
+/// Which bytes may be moved, and how.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[cfg_attr(test, kube(cel))]
+#[kube(
+    group = "virtmark.dev",
+    version = "v1alpha1",
+    kind = "ImageTransfer",
+    plural = "imagetransfers",
+    singular = "imagetransfer",
+    shortname = "imgt",
+    category = "virtmark",
+    namespaced,
+    status = "ImageTransferStatus",
+    derive = "PartialEq",
+    doc = "ImageTransfer is the permission to read one disk of a VmBackup. When it is Ready, the Secret named in status.ticketSecret holds the URL, which is a bearer secret.",
+    selectable = ".spec.backup",
+    selectable = ".status.nodeName",
+    printcolumn(name = "Backup", type_ = "string", json_path = ".spec.backup"),
+    printcolumn(name = "Disk", type_ = "string", json_path = ".spec.disk"),
+    printcolumn(name = "Direction", type_ = "string", json_path = ".spec.direction"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
+    printcolumn(name = "Progress", type_ = "string", json_path = ".status.progress"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageTransferSpec {
+    /// Name of the VmBackup to read from, in this namespace. It may not be Ready yet, or not exist yet.
+    #[schemars(length(min = 1, max = 180), regex(pattern = schema::OBJECT_NAME))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("backup is immutable"))]
+    pub backup: String,
+    /// Target of the disk in the domain, `vda`.
+    #[schemars(length(min = 1, max = 64), regex(pattern = schema::TARGET))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("disk is immutable"))]
+    pub disk: String,
+    /// Download: from the VM's disk to the client.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("direction is immutable"))]
+    pub direction: Direction,
+    /// The format of the bytes on the wire.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("format is immutable"))]
+    pub format: TransferFormat,
+    /// Imageio: HTTPS and a unix socket on the node, as ovirt-imageio serves images. Nbd: QEMU's own NBD
+    /// socket on the node; what is read there is not seen, so finalizing such a transfer says that the
+    /// disk was read wholly.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("protocol is immutable"))]
+    pub protocol: Protocol,
+    /// What you want of it: Running, then Finalized when the disk was read, or Cancelled. Finalizing the
+    /// backup ends its transfers too. It never goes back.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf == 'Running'")
+        .message("state goes one way: Running to Finalized or Cancelled"))]
+    pub state: DesiredState,
+}
+
+/// Which way the bytes go.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direction {
+    /// From the VM's disk to the client.
+    #[default]
+    Download,
+}
+
+/// The format of the bytes on the wire.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub enum TransferFormat {
+    /// The guest's bytes.
+    #[default]
+    Raw,
+}
+
+/// How the bytes are moved.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// The images API of ovirt-imageio.
+    #[default]
+    Imageio,
+    /// NBD on the node.
+    Nbd,
+}
+
+/// What was observed of the transfer.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageTransferStatus {
+    /// The generation of the spec that this status answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Where the transfer is: Initializing, Ready, Finalizing, then Succeeded, Failed or Cancelled.
+    #[serde(default)]
+    pub phase: Phase,
+    /// Ready: the ticket answers. Reconciling: not done yet. Stalled: failed for good. Succeeded: the
+    /// outcome. HostClean: the ticket is gone from the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// The node that serves the bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub node_name: Option<String>,
+    /// The uid of the VmBackup that `spec.backup` was resolved to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub backup_uid: Option<String>,
+    /// Virtual size of the disk in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub size: Option<i64>,
+    /// Bytes of the disk served so far; each counts once. Written at most every 5 seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub transferred_bytes: Option<i64>,
+    /// transferredBytes of size, for people: `42%`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub progress: Option<String>,
+    /// Name of the Secret (type `virtmark.dev/ticket`) with `url`, `unixSocket` and `ca.crt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub ticket_secret: Option<String>,
+    /// With protocol Nbd: where QEMU serves the disk on the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nbd: Option<NbdExport>,
+    /// When it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+}

@@ -63,6 +63,8 @@ reasons! {
     BackupNotFound Wait "create the VmBackup, or correct spec.backup",
     /// The host is being cleaned.
     Finalizing Wait "wait",
+    /// The backup succeeded: an incremental can start here.
+    BackupSucceeded Wait "nothing to do",
     /// The ticket answers: the bytes can be read.
     TicketReady Wait "read the URL from the Secret named in status.ticketSecret",
 
@@ -87,6 +89,8 @@ reasons! {
     NodeNotReady Wait "bring the node back",
     /// The agent of the node does not answer.
     AgentUnreachable Wait "look at the agent of the node",
+    /// A backup of the VM runs, and the checkpoint cannot be removed meanwhile.
+    CheckpointBusy Wait "wait until the backup ends",
     /// The directory for scratch disks has too little space.
     ScratchSpaceLow Wait "free space in the agent's state directory",
 
@@ -115,6 +119,8 @@ reasons! {
     ReadyDeadlineExceeded Never "make a new backup, and finalize it in time",
     /// No client asked for anything for clientIdleSeconds.
     ClientIdle Never "make a new backup, and read it",
+    /// The backup ended, and this transfer with it.
+    TransferFailed Never "look at the backup, then make a new one",
     /// The node is gone.
     NodeLost Never "make a new backup where the VM runs now",
     /// libvirt ended the backup job, or refused it.

@@ -1,0 +1,236 @@
+//! The node's libvirt, as the few blocking verbs that a backup needs.
+//!
+//! Each verb can be repeated: what is already so counts as done. Nothing here knows Kubernetes, NBD or
+//! HTTP, and nothing here decides. Calls block: run them on a blocking thread, with a bound of your own.
+
+mod events;
+mod ffi;
+pub mod xml;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use virt::connect::Connect;
+use virt::domain::{
+    Domain, DomainPausedReason, DomainState as VirtState, DomainStateReason, DomainStateReasonEnum,
+};
+use virt::enumutil::Enum;
+
+pub use events::{Notice, watch};
+
+use crate::api::DomainState;
+
+/// What libvirt answered instead.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("libvirt says: {message} (domain {domain}, code {code})")]
+pub struct LibvirtError {
+    /// libvirt's `virErrorNumber`.
+    pub code: u32,
+    /// libvirt's `virErrorDomain`.
+    pub domain: u32,
+    /// libvirt's words.
+    pub message: String,
+}
+
+impl LibvirtError {
+    fn invalid(message: &str) -> Self {
+        Self { code: 0, domain: 0, message: message.to_owned() }
+    }
+
+    /// The domain does not exist (`VIR_ERR_NO_DOMAIN`).
+    pub fn is_no_domain(&self) -> bool {
+        self.code == virt::sys::VIR_ERR_NO_DOMAIN
+    }
+
+    /// No backup job runs (`VIR_ERR_NO_DOMAIN_BACKUP`), or no QEMU (`VIR_ERR_OPERATION_INVALID`).
+    pub fn is_no_backup(&self) -> bool {
+        self.code == virt::sys::VIR_ERR_NO_DOMAIN_BACKUP || self.code == virt::sys::VIR_ERR_OPERATION_INVALID
+    }
+
+    /// The checkpoint does not exist (`VIR_ERR_NO_DOMAIN_CHECKPOINT`).
+    pub fn is_no_checkpoint(&self) -> bool {
+        self.code == virt::sys::VIR_ERR_NO_DOMAIN_CHECKPOINT
+    }
+}
+
+impl From<virt::error::Error> for LibvirtError {
+    fn from(error: virt::error::Error) -> Self {
+        Self {
+            code: error.code().to_raw(),
+            domain: error.domain().to_raw(),
+            message: error.message().to_owned(),
+        }
+    }
+}
+
+/// A domain, as libvirt lists it.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Whether it runs.
+    pub state: DomainState,
+    /// Its live XML, or the persistent one when it is off.
+    pub xml: String,
+    /// Virtual sizes by disk target, in bytes, where libvirt can tell.
+    pub sizes: Vec<(String, u64)>,
+}
+
+/// One libvirt daemon, by its URI. Cheap to clone; reconnects by itself.
+#[derive(Clone)]
+pub struct Libvirt {
+    uri: Arc<str>,
+    connection: Arc<Mutex<Option<Connect>>>,
+}
+
+impl Libvirt {
+    /// The libvirt at `uri`, `qemu:///system` say. Connects at the first call.
+    pub fn new(uri: &str) -> Self {
+        virt::error::clear_error_callback();
+        Self { uri: uri.into(), connection: Arc::default() }
+    }
+
+    /// The URI.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    fn connect(&self) -> Result<Connect, LibvirtError> {
+        let mut held = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = held.as_ref()
+            && connection.is_alive().unwrap_or(false)
+        {
+            return Ok(connection.clone());
+        }
+        let connection = Connect::open(Some(&self.uri))?;
+        // a peer that does not answer for 15 s is gone; libvirt's event loop must run (`events`)
+        connection.set_keep_alive(5, 3)?;
+        *held = Some(connection.clone());
+        Ok(connection)
+    }
+
+    fn domain(&self, uuid: &str) -> Result<Domain, LibvirtError> {
+        Ok(self.connect()?.lookup_domain_by_uuid_string(uuid)?)
+    }
+
+    /// Every domain.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached. A domain that vanishes meanwhile is left out.
+    pub fn domains(&self) -> Result<Vec<Listed>, LibvirtError> {
+        let domains = self.connect()?.list_all_domains(0)?;
+        Ok(domains.iter().filter_map(|domain| listed(domain).ok()).collect())
+    }
+
+    /// One domain; `None` when libvirt does not know it.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn lookup(&self, uuid: &str) -> Result<Option<Listed>, LibvirtError> {
+        match self.domain(uuid).and_then(|domain| listed(&domain)) {
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.is_no_domain() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Freezes the guest's file systems; the guest agent has `seconds` to answer.
+    ///
+    /// # Errors
+    /// libvirt's. The guest may be frozen all the same: thaw in every path.
+    pub fn freeze(&self, uuid: &str, seconds: i32) -> Result<(), LibvirtError> {
+        let domain = self.domain(uuid)?;
+        ffi::agent_timeout(&domain, seconds)?;
+        ffi::freeze(&domain)
+    }
+
+    /// Thaws the guest's file systems; the guest agent has `seconds` to answer.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn thaw(&self, uuid: &str, seconds: i32) -> Result<(), LibvirtError> {
+        let domain = self.domain(uuid)?;
+        ffi::agent_timeout(&domain, seconds)?;
+        ffi::thaw(&domain)
+    }
+
+    /// Begins a backup, with a checkpoint of the same moment when `checkpoint` is given.
+    ///
+    /// # Errors
+    /// libvirt's: another job runs, a disk is not known, the scratch cannot be opened.
+    pub fn backup_begin(
+        &self,
+        uuid: &str,
+        backup: &str,
+        checkpoint: Option<&str>,
+    ) -> Result<(), LibvirtError> {
+        ffi::backup_begin(&self.domain(uuid)?, backup, checkpoint)
+    }
+
+    /// The XML of the running backup; `None` when none runs or the domain is off or gone.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn backup_xml(&self, uuid: &str) -> Result<Option<String>, LibvirtError> {
+        match self.domain(uuid).and_then(|domain| ffi::backup_xml(&domain)) {
+            Ok(xml) => Ok(Some(xml)),
+            Err(error) if error.is_no_backup() || error.is_no_domain() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Aborts the domain's job. Ask `backup_xml` first whose it is.
+    ///
+    /// # Errors
+    /// libvirt's; no job, or no domain, is no error.
+    pub fn abort_job(&self, uuid: &str) -> Result<(), LibvirtError> {
+        match self.domain(uuid).and_then(|domain| ffi::abort_job(&domain)) {
+            Err(error) if error.is_no_backup() || error.is_no_domain() => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Makes libvirt know a checkpoint whose bitmaps are in the images.
+    ///
+    /// # Errors
+    /// libvirt's: a bitmap is missing or inconsistent.
+    pub fn checkpoint_redefine(&self, uuid: &str, xml: &str) -> Result<(), LibvirtError> {
+        ffi::checkpoint_redefine(&self.domain(uuid)?, xml)
+    }
+
+    /// Deletes a checkpoint that libvirt knows, with its bitmaps unless `metadata_only`.
+    ///
+    /// # Errors
+    /// libvirt's. A checkpoint that it does not know answers [`LibvirtError::is_no_checkpoint`].
+    pub fn checkpoint_delete(&self, uuid: &str, name: &str, metadata_only: bool) -> Result<(), LibvirtError> {
+        ffi::checkpoint_delete(&self.domain(uuid)?, name, metadata_only)
+    }
+}
+
+fn listed(domain: &Domain) -> Result<Listed, LibvirtError> {
+    let (state, why) = domain.state()?;
+    let xml = domain.xml_desc(0)?;
+    let targets = xml::Domain::parse(&xml).map(|parsed| parsed.devices.disks).unwrap_or_default();
+    let sizes = targets
+        .into_iter()
+        .filter(xml::Disk::has_source)
+        .filter_map(|disk| {
+            let capacity = domain.block_info(&disk.target.dev, 0).ok()?.capacity;
+            Some((disk.target.dev, capacity))
+        })
+        .collect();
+    Ok(Listed { state: domain_state(state.known(), why), xml, sizes })
+}
+
+/// What a backup may make of libvirt's state: only a guest that runs, or that its user paused, is quiet
+/// enough to begin.
+fn domain_state(state: Option<VirtState>, why: DomainStateReasonEnum) -> DomainState {
+    match state {
+        Some(VirtState::Running | VirtState::Blocked) => DomainState::Running,
+        Some(VirtState::Paused) => match why {
+            Enum::Known(DomainStateReason::Paused(why)) if why.is(DomainPausedReason::User) => {
+                DomainState::Paused
+            }
+            _ => DomainState::Busy,
+        },
+        Some(VirtState::Shutdown | VirtState::PMSuspended) => DomainState::Busy,
+        _ => DomainState::Off,
+    }
+}

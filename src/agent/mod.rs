@@ -1,2 +1,3 @@
 //! agent
 pub mod backup;
+pub mod state;

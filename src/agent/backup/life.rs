@@ -249,7 +249,9 @@ impl Life {
                 self.deferred.push((Action::Thaw, because));
             }
             (Action::AbortJob, Report::Done) => self.held.job = false,
-            (Action::DeleteCheckpoint | Action::ForgetCheckpoint, Report::Done) => self.held.checkpoint = false,
+            (Action::DeleteCheckpoint | Action::ForgetCheckpoint, Report::Done) => {
+                self.held.checkpoint = false
+            }
             (Action::RemoveFiles, Report::Done) => self.held.files = false,
             (action, Report::Failed(because)) => self.deferred.push((action, because)),
             // a report that does not fit its action is a slip of its doer: try again

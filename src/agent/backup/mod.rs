@@ -1,2 +1,3 @@
 //! backup
+pub mod decide;
 pub mod life;

@@ -1,3 +1,4 @@
 //! backup
 pub mod decide;
 pub mod life;
+pub mod status;

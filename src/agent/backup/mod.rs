@@ -1,4 +1,5 @@
 //! backup
+pub mod act;
 pub mod decide;
 pub mod life;
 pub mod status;

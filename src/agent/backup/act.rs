@@ -1,0 +1,312 @@
+//! The host actions of a backup, each one blocking call that can be repeated. It decides nothing.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use super::life::{Action, Freeze, Report};
+use crate::agent::state::{Record, StateDir, StateError};
+use crate::api::QuiesceMode;
+use crate::libvirt::xml::{self, Domain};
+use crate::libvirt::{Libvirt, LibvirtError};
+use crate::reason::{Because, Reason};
+
+/// How long libvirt is given to let go of an aborted job.
+const ABORT_BOUND: Duration = Duration::from_secs(20);
+
+/// Why an action was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// libvirt said no.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// `qemu-img` said no.
+    #[error("qemu-img {verb} failed: {message}")]
+    QemuImg {
+        /// What it was to do.
+        verb: &'static str,
+        /// Its words.
+        message: String,
+    },
+    /// The operating system said no.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The domain is not on this host.
+    #[error("the VM is not on this node")]
+    NoDomain,
+    /// A disk of the backup is no more.
+    #[error("the VM has no disk {0}")]
+    NoDisk(String),
+    /// The job did not end in time.
+    #[error("libvirt's backup job did not end within {} s", ABORT_BOUND.as_secs())]
+    JobLingers,
+}
+
+impl HostError {
+    fn because(&self) -> Because {
+        Because::new(Reason::HypervisorError, self.to_string())
+    }
+}
+
+/// The host that a backup runs on.
+#[derive(Clone)]
+pub struct Host {
+    /// Its libvirt.
+    pub libvirt: Libvirt,
+    /// The agent's directories.
+    pub state: StateDir,
+}
+
+impl Host {
+    /// Does `action` for `record`, and says what it came to. Sizes and image paths are learnt on the way.
+    pub fn perform(&self, action: Action, record: &mut Record) -> Report {
+        let done = match action {
+            Action::Freeze => return Report::Froze(self.freeze(record)),
+            Action::MakeFiles => self.make_files(record),
+            Action::Begin => self.begin(record),
+            Action::Thaw => self.thaw(record),
+            Action::AbortJob => self.abort_job(record),
+            Action::DeleteCheckpoint => match &record.bitmap {
+                Some(bitmap) => self.delete_checkpoint(&record.vm_uuid, bitmap, &bitmap_disks(record)),
+                None => Ok(()),
+            },
+            Action::ForgetCheckpoint => self.forget_checkpoint(record),
+            Action::RemoveFiles => self.state.remove_run(&record.uid).map_err(HostError::from),
+        };
+        match done {
+            Ok(()) => Report::Done,
+            Err(error) => Report::Failed(error.because()),
+        }
+    }
+
+    fn make_files(&self, record: &mut Record) -> Result<(), HostError> {
+        let listed = self.libvirt.lookup(&record.vm_uuid)?.ok_or(HostError::NoDomain)?;
+        let domain = Domain::parse(&listed.xml).map_err(|_| HostError::NoDomain)?;
+        let owner = domain.qemu_owner();
+        let run = self.state.run_of(&record.uid)?;
+        std::fs::create_dir_all(&run).map_err(io_error(&run))?;
+        give(&run, 0o700, owner)?;
+        for planned in &mut record.disks {
+            let missing = || HostError::NoDisk(planned.target.clone());
+            let disk =
+                domain.devices.disks.iter().find(|d| d.target.dev == planned.target).ok_or_else(missing)?;
+            let (_, size) =
+                listed.sizes.iter().find(|(target, _)| *target == planned.target).ok_or_else(missing)?;
+            planned.size = *size;
+            planned.image = disk.path().map(PathBuf::from);
+            let scratch = self.state.scratch_of(&record.uid, &planned.target)?;
+            let size = size.to_string();
+            qemu_img(
+                "create",
+                &["-q".as_ref(), "-f".as_ref(), "qcow2".as_ref(), scratch.as_ref(), size.as_ref()],
+            )?;
+            give(&scratch, 0o600, owner)?;
+        }
+        Ok(())
+    }
+
+    fn freeze(&self, record: &Record) -> Freeze {
+        if record.quiesce == QuiesceMode::None {
+            return Freeze::NotAsked("quiesce.mode is None".to_owned());
+        }
+        let connected = self.libvirt.lookup(&record.vm_uuid).map(|listed| {
+            listed
+                .and_then(|listed| Domain::parse(&listed.xml).ok())
+                .is_some_and(|d| d.guest_agent_connected())
+        });
+        match connected {
+            Ok(true) => {}
+            Ok(false) => return Freeze::NotAsked("no guest agent is connected to the VM".to_owned()),
+            Err(error) => return Freeze::NotAsked(error.to_string()),
+        }
+        match self.libvirt.freeze(&record.vm_uuid, record.quiesce_seconds) {
+            Ok(()) => Freeze::Frozen,
+            Err(error) => Freeze::Failed(error.to_string()),
+        }
+    }
+
+    fn thaw(&self, record: &Record) -> Result<(), HostError> {
+        match self.libvirt.thaw(&record.vm_uuid, record.quiesce_seconds) {
+            Err(error) if error.is_no_domain() => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    fn begin(&self, record: &Record) -> Result<(), HostError> {
+        let socket = self.state.socket_of(&record.uid)?;
+        let mut scratches = Vec::with_capacity(record.disks.len());
+        for disk in &record.disks {
+            scratches.push(self.state.scratch_of(&record.uid, &disk.target)?.to_string_lossy().into_owned());
+        }
+        let disks: Vec<_> = record
+            .disks
+            .iter()
+            .zip(&scratches)
+            .map(|(disk, scratch)| xml::BackupDisk { target: &disk.target, scratch })
+            .collect();
+        let backup = xml::backup_xml(&socket.to_string_lossy(), &disks);
+        let targets: Vec<_> =
+            record.disks.iter().filter(|disk| disk.in_checkpoint).map(|disk| disk.target.as_str()).collect();
+        let checkpoint = record.bitmap.as_ref().map(|bitmap| xml::checkpoint_xml(bitmap, &targets, None));
+        Ok(self.libvirt.backup_begin(&record.vm_uuid, &backup, checkpoint.as_deref())?)
+    }
+
+    /// Whether the job that runs on the record's domain is the record's.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn our_job(&self, record: &Record) -> Result<Job, HostError> {
+        let Some(running) = self.libvirt.backup_xml(&record.vm_uuid)? else { return Ok(Job::None) };
+        let ours = self.state.socket_of(&record.uid)?;
+        let is_ours = xml::backup_socket(&running).is_some_and(|socket| Path::new(&socket) == ours);
+        Ok(if is_ours { Job::Ours } else { Job::Foreign })
+    }
+
+    fn abort_job(&self, record: &Record) -> Result<(), HostError> {
+        let bound = Instant::now() + ABORT_BOUND;
+        if self.our_job(record)? != Job::Ours {
+            return Ok(());
+        }
+        self.libvirt.abort_job(&record.vm_uuid)?;
+        while self.our_job(record)? == Job::Ours {
+            if Instant::now() > bound {
+                return Err(HostError::JobLingers);
+            }
+            sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    fn forget_checkpoint(&self, record: &Record) -> Result<(), HostError> {
+        let Some(bitmap) = &record.bitmap else { return Ok(()) };
+        match self.libvirt.checkpoint_delete(&record.vm_uuid, bitmap, true) {
+            Err(error) if error.is_no_checkpoint() || error.is_no_domain() => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// Removes a checkpoint: libvirt's note of it, and the bitmap `bitmap` in each of `disks` (target, and
+    /// path of the image). With a QEMU through libvirt; without one by `qemu-img`, which takes the image's
+    /// lock, so that a QEMU that starts meanwhile cannot have it too. A domain that is not here is left
+    /// alone: its images may be in use elsewhere.
+    ///
+    /// # Errors
+    /// When the bitmaps may still be there.
+    pub fn delete_checkpoint(
+        &self,
+        vm_uuid: &str,
+        bitmap: &str,
+        disks: &[(String, Option<PathBuf>)],
+    ) -> Result<(), HostError> {
+        let Some(listed) = self.libvirt.lookup(vm_uuid)? else { return Ok(()) };
+        if listed.state.is_active() {
+            return self.delete_live(vm_uuid, bitmap, disks);
+        }
+        match self.libvirt.checkpoint_delete(vm_uuid, bitmap, true) {
+            Err(error) if !error.is_no_checkpoint() => return Err(error.into()),
+            _ => {}
+        }
+        for image in disks.iter().filter_map(|(_, image)| image.as_ref()).filter(|image| image.exists()) {
+            if bitmaps_of(image)?.iter().any(|name| name == bitmap) {
+                qemu_img("bitmap", &["--remove".as_ref(), image.as_ref(), bitmap.as_ref()])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn delete_live(
+        &self,
+        vm_uuid: &str,
+        bitmap: &str,
+        disks: &[(String, Option<PathBuf>)],
+    ) -> Result<(), HostError> {
+        match self.libvirt.checkpoint_delete(vm_uuid, bitmap, false) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.is_no_checkpoint() => {}
+            // a bitmap that QEMU does not know leaves libvirt's note alone: seen after a QEMU was killed
+            Err(error) if error.message.contains("not found in backing chain") => {
+                return Ok(self.libvirt.checkpoint_delete(vm_uuid, bitmap, true)?);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        // libvirt has no note of it, the images may have its bitmaps: tell libvirt disk by disk
+        for (target, _) in disks {
+            let xml = xml::checkpoint_xml(bitmap, &[target], Some(1));
+            match self.libvirt.checkpoint_redefine(vm_uuid, &xml) {
+                Ok(()) => self.libvirt.checkpoint_delete(vm_uuid, bitmap, false)?,
+                Err(error) if names_no_bitmap(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whose backup job runs on a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// None does.
+    None,
+    /// The one asked about.
+    Ours,
+    /// Another one.
+    Foreign,
+}
+
+/// The redefinition was refused because the bitmap, or the disk, is not there: nothing to delete.
+fn names_no_bitmap(error: &LibvirtError) -> bool {
+    error.code == virt::sys::VIR_ERR_CHECKPOINT_INCONSISTENT || error.message.contains("no disk named")
+}
+
+/// The disks of the record's checkpoint, with their images.
+fn bitmap_disks(record: &Record) -> Vec<(String, Option<PathBuf>)> {
+    let disks = record.disks.iter().filter(|disk| disk.in_checkpoint);
+    disks.map(|disk| (disk.target.clone(), disk.image.clone())).collect()
+}
+
+/// Names of the persistent bitmaps in a qcow2 image. Read-only, and beside a QEMU that holds the image.
+fn bitmaps_of(image: &Path) -> Result<Vec<String>, HostError> {
+    let info = qemu_img("info", &["--force-share".as_ref(), "--output=json".as_ref(), image.as_ref()])?;
+    let info: serde_json::Value = serde_json::from_slice(&info)
+        .map_err(|error| HostError::QemuImg { verb: "info", message: error.to_string() })?;
+    let bitmaps = info.pointer("/format-specific/data/bitmaps").and_then(serde_json::Value::as_array);
+    let names = bitmaps.into_iter().flatten().filter_map(|bitmap| bitmap.get("name")?.as_str());
+    Ok(names.map(str::to_owned).collect())
+}
+
+fn qemu_img(verb: &'static str, arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8>, HostError> {
+    let failed = |message: String| HostError::QemuImg { verb, message };
+    let output = Command::new("qemu-img").arg(verb).args(arguments).output();
+    let output = output.map_err(|error| failed(error.to_string()))?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    Err(failed(String::from_utf8_lossy(&output.stderr).trim().chars().take(512).collect()))
+}
+
+fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {
+    let path = path.to_owned();
+    move |source| HostError::Io { path: path.clone(), source }
+}
+
+/// Sets mode and owner: what QEMU must open belongs to the user that it runs as.
+fn give(path: &Path, mode: u32, owner: Option<(u32, u32)>) -> Result<(), HostError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(io_error(path))?;
+    match owner {
+        Some((user, group)) => {
+            std::os::unix::fs::chown(path, Some(user), Some(group)).map_err(io_error(path))
+        }
+        None => Ok(()),
+    }
+}

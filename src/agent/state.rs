@@ -244,9 +244,15 @@ fn io_error(path: &Path) -> impl Fn(io::Error) -> StateError {
     move |source| StateError::Io { path: path.clone(), source }
 }
 
+/// Makes a directory with `mode`; parents get the usual one, for QEMU must be able to pass.
 fn make_dir(path: &Path, mode: u32) -> Result<(), StateError> {
-    fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(io_error(path))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(io_error(path))
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(io_error(parent))?;
+    }
+    match fs::DirBuilder::new().mode(mode).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io_error(path)(error)),
+        _ => fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(io_error(path)),
+    }
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, StateError> {

@@ -1,3 +1,23 @@
-//! agent
+//! The agent: does the work of its node's backups, next to its libvirt.
+//!
+//! ```text
+//!   libvirt events ---> registry ---> backup, transfer, checkpoint reconcilers ---> status
+//!                         |                 |
+//!   state directory <-----+           libvirt, qemu-img        tickets ---> image server
+//! ```
+//!
+//! It writes only the status of objects that the operator bound to its node, its own DomainSightings, and
+//! new ticket Secrets. It never writes spec, metadata or finalizers, and never talks to the operator.
+
 pub mod backup;
+pub mod checkpoint;
+pub mod config;
+mod context;
+mod inventory;
+mod registry;
+mod run;
 pub mod state;
+pub mod transfer;
+
+pub use context::{AgentError, Context};
+pub use run::run;

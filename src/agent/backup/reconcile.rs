@@ -1,0 +1,313 @@
+//! Drives one VmBackup of this node: gather, decide, act, tell. The only I/O besides `act`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::controller::Action as Requeue;
+use kube::{Api, ResourceExt as _};
+
+use super::act::Job;
+use super::decide::{self, Facts};
+use super::life::{Action, Life, Outcome, Seen};
+use super::status::{self, Observed};
+use crate::agent::registry::Live;
+use crate::agent::state::{PlannedDisk, Record};
+use crate::agent::{AgentError, Context};
+use crate::api::{self, DesiredState, Phase, VmBackup, VmBackupStatus, VmCheckpoint, conditions};
+use crate::clock;
+use crate::cluster;
+use crate::libvirt::xml::Domain;
+use crate::reason::{Because, Reason};
+
+/// How soon a deferred clean-up, or a hold, is looked at again although no event came.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// How soon unread bytes are counted again after a finalize that came early.
+const RECOUNT: Duration = Duration::from_secs(1);
+
+/// Brings one backup as far as it can get now.
+///
+/// # Errors
+/// What could not be gathered or written; the caller tries again.
+pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<Requeue, AgentError> {
+    let Some(uid) = backup.uid() else { return Ok(Requeue::await_change()) };
+    let Some(old) = backup.status.clone() else { return Ok(Requeue::await_change()) };
+    if old.node_name.as_deref() != Some(&context.node) {
+        return Ok(Requeue::await_change());
+    }
+    if old.phase.is_terminal() && conditions::is_true(&old.conditions, conditions::HOST_CLEAN) {
+        context.release(&uid);
+        return Ok(Requeue::await_change());
+    }
+    let live = match context.registry.find(&uid) {
+        Some(live) => live,
+        None => match adopt(&backup, &old, &context).await? {
+            Some(live) => live,
+            None => return Ok(Requeue::await_change()),
+        },
+    };
+    live.confirmed.store(true, Ordering::Relaxed);
+    let mut record = live.record.lock().await;
+    record.life.retry();
+    if old.phase.is_terminal() {
+        // the operator gave this agent up; what it left is cleaned all the same
+        let because = Because::new(Reason::NodeLost, "the operator ended it while this agent was away");
+        record.life.end(Outcome::Failed(because));
+    }
+
+    let mut gathered = gather(&backup, &live, &record, &context).await?;
+    loop {
+        let facts = gathered.facts(&backup, &live, &record.life);
+        record.life.observe(gathered.seen, facts.now);
+        if let Some(outcome) = decide::ending(&backup.spec, &record.life, &facts) {
+            record.life.end(outcome);
+        }
+        gathered.hold = decide::hold(&backup.spec, &record.life, &facts);
+        if gathered.hold.is_some() {
+            break;
+        }
+        let Some(action) = record.life.next() else { break };
+        perform(action, &mut record, &context).await?;
+        if matches!(action, Action::Begin | Action::AbortJob) {
+            gathered = gather(&backup, &live, &record, &context).await?;
+        }
+    }
+
+    let phase = write_status(&backup, &old, &live, &record, &gathered, &context).await?;
+    context.registry.wake_transfers(&uid);
+    if phase.is_terminal() {
+        drop(record);
+        context.release(&uid);
+        return Ok(Requeue::await_change());
+    }
+    Ok(requeue(&backup, &live, &record, &gathered))
+}
+
+/// Cleans the host after a backup whose object does not exist any more, or is another node's now.
+///
+/// # Errors
+/// When the API server cannot be asked, or the host: the caller tries again.
+pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(), AgentError> {
+    let mut record = live.record.lock().await;
+    let api = Api::<VmBackup>::namespaced(context.client.clone(), &record.namespace);
+    let object = api.get_opt(&record.name).await?.filter(|object| object.uid().as_deref() == Some(uid));
+    let node = object.and_then(|object| object.status?.node_name);
+    if node.as_deref() == Some(&context.node) {
+        return Ok(());
+    }
+    record.life.end(Outcome::Failed(Because::new(Reason::Deleted, "its VmBackup is gone")));
+    record.life.retry();
+    let host = context.host.clone();
+    let asked = record.clone();
+    let (listed, job) =
+        context.blocking(move || Ok((host.libvirt.lookup(&asked.vm_uuid)?, host.our_job(&asked)?))).await?;
+    let active = listed.is_some_and(|listed| listed.state.is_active());
+    record.life.observe(Seen { active, our_job: job == Job::Ours }, clock::now());
+    while let Some(action) = record.life.next() {
+        perform(action, &mut record, context).await?;
+    }
+    if record.life.is_ended() {
+        tracing::info!(backup = uid, vm = record.vm, "the host was cleaned after a backup that is gone");
+        context.release(uid);
+        context.registry.remove(uid);
+    }
+    Ok(())
+}
+
+/// What was read of libvirt and the clients.
+struct Gathered {
+    seen: Seen,
+    domain: Option<api::DomainState>,
+    block_jobs: Vec<String>,
+    foreign_job: bool,
+    missing: Option<Vec<(String, u64)>>,
+    hold: Option<Because>,
+}
+
+impl Gathered {
+    fn facts<'a>(&'a self, backup: &VmBackup, live: &Live, life: &Life) -> Facts<'a> {
+        let now = clock::now();
+        let asked = if live.has_unseen() { Some(now) } else { live.last_request() };
+        Facts {
+            deleting: backup.metadata.deletion_timestamp.is_some(),
+            created: backup.creation_timestamp().map_or(now, |created| created.0),
+            domain: self.domain,
+            block_jobs: &self.block_jobs,
+            foreign_job: self.foreign_job,
+            missing: self.missing.as_deref(),
+            last_request: asked.max(life.ready_at).unwrap_or(now),
+            now,
+        }
+    }
+}
+
+async fn gather(
+    backup: &VmBackup,
+    live: &Live,
+    record: &Record,
+    context: &Context,
+) -> Result<Gathered, AgentError> {
+    let host = context.host.clone();
+    let asked = record.clone();
+    let (listed, job) = context
+        .blocking(move || Ok((host.libvirt.lookup(&asked.vm_uuid)?, host.our_job(&asked)?)))
+        .await?;
+    let active = listed.as_ref().is_some_and(|listed| listed.state.is_active());
+    let block_jobs = listed
+        .as_ref()
+        .and_then(|listed| Domain::parse(&listed.xml).ok())
+        .map(|domain| domain.disks_with_block_job().into_iter().map(str::to_owned).collect())
+        .unwrap_or_default();
+    let seen = Seen { active, our_job: job == Job::Ours };
+    let finalizing = backup.spec.state == DesiredState::Finalized && record.life.is_serving() && seen.our_job;
+    let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
+    Ok(Gathered {
+        seen,
+        domain: listed.map(|listed| listed.state),
+        block_jobs,
+        foreign_job: job == Job::Foreign,
+        missing,
+        hold: None,
+    })
+}
+
+/// Counts, disk by disk, the bytes that must be read and were not.
+async fn count_missing(live: &Live, record: &Record, context: &Context) -> Result<Vec<(String, u64)>, AgentError> {
+    for disk in &record.disks {
+        context.count_missing(live, record, &disk.target).await?;
+    }
+    Ok(live.missing())
+}
+
+/// Notes the intent, acts, notes the outcome.
+async fn perform(action: Action, record: &mut Record, context: &Context) -> Result<(), AgentError> {
+    let with_checkpoint = record.bitmap.is_some();
+    record.life.starting(action, with_checkpoint, clock::now());
+    context.host.state.store(record).map_err(AgentError::State)?;
+    if action == Action::AbortJob {
+        context.end_tickets(&record.uid).await;
+    }
+    let (host, mut moved) = (context.host.clone(), record.clone());
+    let (report, moved) = context.blocking(move || Ok((host.perform(action, &mut moved), moved))).await?;
+    *record = moved;
+    tracing::info!(backup = %record.uid, vm = %record.vm, ?action, ?report, "host action");
+    let required = record.quiesce == api::QuiesceMode::Required;
+    record.life.done(action, report, required, clock::now());
+    context.host.state.store(record).map_err(AgentError::State)?;
+    Ok(())
+}
+
+async fn write_status(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    live: &Live,
+    record: &Record,
+    gathered: &Gathered,
+    context: &Context,
+) -> Result<Phase, AgentError> {
+    let socket = context.host.state.socket_of(&record.uid).map_err(AgentError::State)?;
+    let observed = Observed {
+        generation: backup.metadata.generation,
+        wish: backup.spec.state,
+        record,
+        socket: &socket.to_string_lossy(),
+        hold: gathered.hold.as_ref(),
+        missing: &live.missing(),
+        now: clock::now(),
+    };
+    let mut new = status::status(old, &observed);
+    if old.phase.is_terminal() {
+        // its end is told already: only say that the host is clean now
+        let clean = conditions::get(&new.conditions, conditions::HOST_CLEAN).cloned();
+        new = VmBackupStatus { conditions: old.conditions.clone(), ..old.clone() };
+        new.conditions.extend(clean);
+    }
+    let phase = new.phase;
+    if new != *old {
+        let api = Api::<VmBackup>::namespaced(context.client.clone(), &record.namespace);
+        let mut object = backup.clone();
+        object.metadata.managed_fields = None;
+        object.status = Some(new.clone());
+        cluster::replace_status(&api, &object, api::AGENT).await?;
+        tell(backup, old, &new, record, context).await;
+    }
+    Ok(phase)
+}
+
+/// An Event for each change of the reason that Ready gives.
+async fn tell(backup: &VmBackup, old: &VmBackupStatus, new: &VmBackupStatus, record: &Record, context: &Context) {
+    let ready = |status: &VmBackupStatus| conditions::get(&status.conditions, conditions::READY).cloned();
+    let (before, Some(after)) = (ready(old), ready(new)) else { return };
+    let same = before.is_some_and(|before| before.reason == after.reason);
+    tracing::info!(backup = %record.uid, vm = %record.vm, phase = ?new.phase, reason = after.reason, "{}", after.message);
+    let Some(reason) = Reason::ALL.iter().copied().find(|reason| reason.as_str() == after.reason) else { return };
+    if same || matches!(reason, Reason::Finalizing | Reason::Bound) {
+        return;
+    }
+    let warning = new.phase == Phase::Failed || !matches!(reason, Reason::AwaitingFinalize | Reason::Finalized);
+    context.events.tell(backup, warning, "Backup", &Because::new(reason, after.message)).await;
+}
+
+fn requeue(backup: &VmBackup, live: &Live, record: &Record, gathered: &Gathered) -> Requeue {
+    if !record.life.deferred.is_empty() || gathered.hold.is_some() {
+        return Requeue::requeue(AGAIN);
+    }
+    if record.life.is_serving() && backup.spec.state == DesiredState::Finalized {
+        return Requeue::requeue(RECOUNT);
+    }
+    let facts = gathered.facts(backup, live, &record.life);
+    match decide::next_due(&backup.spec, &record.life, &facts) {
+        Some(due) => Requeue::requeue(until(due, facts.now).min(Duration::from_secs(30))),
+        None => Requeue::requeue(AGAIN),
+    }
+}
+
+fn until(due: Timestamp, now: Timestamp) -> Duration {
+    let milliseconds = due.as_millisecond().saturating_sub(now.as_millisecond()).max(10);
+    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(10))
+}
+
+/// The record of a backup that was just bound. `None` when there is nothing to do for it here.
+async fn adopt(
+    backup: &VmBackup,
+    status: &VmBackupStatus,
+    context: &Context,
+) -> Result<Option<Arc<Live>>, AgentError> {
+    let (Some(uid), Some(namespace), Some(vm_uuid)) = (backup.uid(), backup.namespace(), status.vm_uuid.clone())
+    else {
+        return Ok(None);
+    };
+    let bitmap = match &status.to_checkpoint {
+        Some(checkpoint) => {
+            let api = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
+            match api.get_opt(checkpoint).await? {
+                Some(checkpoint) => Some(checkpoint.spec.bitmap),
+                None if backup.metadata.deletion_timestamp.is_some() || status.phase.is_terminal() => None,
+                None => return Err(AgentError::NoCheckpoint(checkpoint.clone())),
+            }
+        }
+        None => None,
+    };
+    let quiesce = backup.spec.quiesce.clone().unwrap_or_default();
+    let disks = status.disks.iter().map(|disk| PlannedDisk {
+        target: disk.name.clone(),
+        size: 0,
+        image: None,
+        in_checkpoint: disk.in_checkpoint,
+    });
+    let record = Record {
+        uid: uid.clone(),
+        namespace,
+        name: backup.name_any(),
+        vm: backup.spec.vm.clone(),
+        vm_uuid,
+        bitmap,
+        disks: disks.collect(),
+        quiesce: quiesce.mode,
+        quiesce_seconds: quiesce.timeout_seconds,
+        life: Life::default(),
+    };
+    Ok(Some(context.registry.insert(&uid, Live::new(record))))
+}

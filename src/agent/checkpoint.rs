@@ -1,0 +1,88 @@
+//! Removal of a VmCheckpoint's bitmaps, when its object is being deleted and was bound to this node.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::runtime::controller::Action as Requeue;
+use kube::runtime::reflector::ObjectRef;
+use kube::{Api, Resource as _, ResourceExt as _};
+
+use super::{AgentError, Context};
+use crate::api::conditions::{self, Truth};
+use crate::api::{self, CheckpointDiskStatus, Phase, VmCheckpoint, VmCheckpointStatus};
+use crate::clock;
+use crate::cluster;
+use crate::libvirt::xml::Domain;
+use crate::reason::{Because, Reason};
+
+/// How soon a removal that failed is tried again although no event came.
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// Removes the bitmaps of a checkpoint that is being deleted, and says so.
+///
+/// # Errors
+/// What could not be gathered or written; the caller tries again.
+pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> Result<Requeue, AgentError> {
+    let old = checkpoint.status.clone().unwrap_or_default();
+    let reference = ObjectRef::from_obj(&*checkpoint);
+    let ours = old.node_name.as_deref() == Some(&context.node);
+    let clean = conditions::is_true(&old.conditions, conditions::HOST_CLEAN);
+    if !ours || clean || checkpoint.meta().deletion_timestamp.is_none() {
+        context.registry.removed(&reference);
+        return Ok(Requeue::await_change());
+    }
+    context.registry.await_removal(reference);
+    let (host, spec) = (context.host.clone(), checkpoint.spec.clone());
+    let removed = context
+        .blocking(move || {
+            let listed = host.libvirt.lookup(&spec.vm_uuid)?;
+            let domain = listed.and_then(|listed| Domain::parse(&listed.xml).ok());
+            let image = |target: &str| {
+                let disks = &domain.as_ref()?.devices.disks;
+                disks.iter().find(|disk| disk.target.dev == target)?.path().map(PathBuf::from)
+            };
+            let disks: Vec<_> =
+                spec.disks.iter().map(|disk| (disk.target.clone(), image(&disk.target))).collect();
+            host.delete_checkpoint(&spec.vm_uuid, &spec.bitmap, &disks)
+        })
+        .await;
+    let because = match &removed {
+        Ok(()) => Because::new(Reason::Finalizing, "the bitmaps are gone"),
+        Err(error) => Because::new(Reason::FinalizeFailed, error.to_string()),
+    };
+    tracing::info!(checkpoint = checkpoint.name_any(), vm = checkpoint.spec.vm, "{because}");
+    let new = status(&checkpoint, &old, removed.is_ok(), &because);
+    if new != old {
+        let api =
+            Api::<VmCheckpoint>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
+        let mut object = (*checkpoint).clone();
+        object.metadata.managed_fields = None;
+        object.status = Some(new);
+        cluster::replace_status(&api, &object, api::AGENT).await?;
+    }
+    Ok(if removed.is_ok() { Requeue::await_change() } else { Requeue::requeue(AGAIN) })
+}
+
+fn status(
+    checkpoint: &VmCheckpoint,
+    old: &VmCheckpointStatus,
+    clean: bool,
+    because: &Because,
+) -> VmCheckpointStatus {
+    let generation = checkpoint.metadata.generation;
+    let mut new = VmCheckpointStatus { phase: Phase::Finalizing, observed_generation: generation, ..old.clone() };
+    let failed = |target: &str| CheckpointDiskStatus { target: target.to_owned(), message: because.shown() };
+    new.disks = match clean {
+        true => Vec::new(),
+        false => checkpoint.spec.disks.iter().map(|disk| failed(&disk.target)).collect(),
+    };
+    let mut set = |kind, truth| {
+        let (reason, message) = (because.reason.as_str(), because.shown());
+        conditions::set(&mut new.conditions, kind, truth, reason, &message, generation, clock::now());
+    };
+    set(conditions::USABLE, Truth::False);
+    set(conditions::READY, Truth::False);
+    set(conditions::HOST_CLEAN, if clean { Truth::True } else { Truth::False });
+    new
+}

@@ -1,0 +1,63 @@
+//! The agent's command line: what the admin of a node decides.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::telemetry::LogFormat;
+
+/// The Virtmark agent: backs up the virtual machines of one node.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "agent", version)]
+pub struct Config {
+    /// Kubeconfig file; default: the environment's, or the pod's service account.
+    #[arg(long, env = "KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Name of this node's Node object.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: String,
+    /// The node's libvirt.
+    #[arg(long, default_value = "qemu:///system")]
+    pub libvirt_uri: String,
+    /// Directory for records and tickets, kept over restarts; only root reads it.
+    #[arg(long, default_value = "/var/lib/virtmark")]
+    pub state_dir: PathBuf,
+    /// Directory for scratch images and sockets; QEMU must be able to pass, at the same path.
+    #[arg(long, default_value = "/var/lib/virtmark-run")]
+    pub run_dir: PathBuf,
+    /// The operator's namespace, where DomainSightings are written.
+    #[arg(long, default_value = "virtmark-system")]
+    pub system_namespace: String,
+    /// Addresses of the image server (HTTPS).
+    #[arg(long, default_value = "[::]:54322")]
+    pub listen: Vec<SocketAddr>,
+    /// Host and port that clients are told, `host:port`; default: the node's name and the first port.
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// PEM file with the image server's certificate chain; default: self-signed by this agent.
+    #[arg(long, requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with its private key.
+    #[arg(long, requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// PEM file with the CA that clients are told, with `--tls-cert`.
+    #[arg(long, requires = "tls_cert")]
+    pub tls_ca: Option<PathBuf>,
+    /// How to log.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+impl Config {
+    /// The host and port that clients are told.
+    pub fn advertised(&self) -> String {
+        let port = self.listen.first().map_or(54322, SocketAddr::port);
+        self.advertise.clone().unwrap_or_else(|| format!("{}:{port}", self.node_name))
+    }
+
+    /// Path of the image server's unix socket.
+    pub fn unix_socket(&self) -> PathBuf {
+        self.run_dir.join("imageio.sock")
+    }
+}

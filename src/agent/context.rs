@@ -1,0 +1,174 @@
+//! What the agent's reconcilers share, and the few things that more than one of them does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::Client;
+
+use super::backup::act::{Host, HostError};
+use super::registry::{Live, Registry};
+use super::state::{Record, StateError};
+use crate::cluster::Events;
+use crate::imageio::{self, Coverage, End, SharedCoverage, Tickets};
+use crate::libvirt::LibvirtError;
+use crate::nbd::{Export, NbdError};
+
+/// How long an ended ticket's requests may take to notice.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// What a reconciler could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The API server said no, or nothing.
+    #[error("the Kubernetes API: {0}")]
+    Api(#[source] Box<kube::Error>),
+    /// The state directory cannot be used.
+    #[error("the state directory: {0}")]
+    State(#[from] StateError),
+    /// The host cannot be asked.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// libvirt cannot be asked.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    /// The export cannot be read.
+    #[error("the NBD export of disk {disk}: {source}")]
+    Export {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: NbdError,
+    },
+    /// The checkpoint that the operator made is not there.
+    #[error("VmCheckpoint {0} does not exist")]
+    NoCheckpoint(String),
+    /// A blocking thread died.
+    #[error("a host action did not come back")]
+    Lost,
+}
+
+impl From<kube::Error> for AgentError {
+    fn from(error: kube::Error) -> Self {
+        Self::Api(Box::new(error))
+    }
+}
+
+impl AgentError {
+    /// The object changed while its status was computed: compute again at once.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Api(error) if matches!(&**error, kube::Error::Api(status) if status.is_conflict()))
+    }
+
+    /// The object is gone.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Api(error) if matches!(&**error, kube::Error::Api(status) if status.is_not_found()))
+    }
+}
+
+/// What the reconcilers share.
+pub struct Context {
+    /// The Kubernetes API.
+    pub client: Client,
+    /// This node's name.
+    pub node: String,
+    /// libvirt and the agent's directories.
+    pub host: Host,
+    /// The backups of this node.
+    pub(super) registry: Registry,
+    /// The image server's tickets.
+    pub tickets: Tickets,
+    /// Events in this agent's name.
+    pub events: Events,
+    /// `host:port` that clients are told.
+    pub advertised: String,
+    /// Path of the image server's unix socket.
+    pub unix_socket: String,
+    /// The CA that clients are told, in PEM.
+    pub ca: String,
+}
+
+impl Context {
+    /// Runs a blocking call off the async threads.
+    ///
+    /// # Errors
+    /// The call's own, or [`AgentError::Lost`] when it died.
+    pub async fn blocking<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<T, HostError> + Send + 'static,
+    ) -> Result<T, AgentError> {
+        Ok(tokio::task::spawn_blocking(call).await.map_err(|_| AgentError::Lost)??)
+    }
+
+    /// The NBD export of a disk of a backup that runs.
+    ///
+    /// # Errors
+    /// When the record's uid is none.
+    pub fn export(&self, record: &Record, disk: &str) -> Result<Export, AgentError> {
+        let socket = self.host.state.socket_of(&record.uid)?;
+        Ok(Export { socket, name: disk.to_owned(), bitmap: None })
+    }
+
+    /// The coverage of a disk: what was stored of it, or nothing served yet.
+    pub fn coverage(&self, live: &Live, record: &Record, disk: &str) -> SharedCoverage {
+        let size = record.disks.iter().find(|planned| planned.target == disk).map_or(0, |planned| planned.size);
+        live.coverage(disk, || {
+            let stored = self.host.state.coverage(&record.uid, disk);
+            let kept = stored.and_then(|bytes| Coverage::decode(&bytes).ok()).filter(|kept| kept.size() == size);
+            SharedCoverage::new(kept.unwrap_or_else(|| Coverage::new(size)))
+        })
+    }
+
+    /// Counts the bytes of a disk that must be read and were not, and notes them.
+    ///
+    /// # Errors
+    /// When the export cannot be read.
+    pub async fn count_missing(&self, live: &Live, record: &Record, disk: &str) -> Result<u64, AgentError> {
+        let coverage = self.coverage(live, record, disk);
+        let export = self.export(record, disk)?;
+        let missing = imageio::missing(&export, &coverage)
+            .await
+            .map_err(|source| AgentError::Export { disk: disk.to_owned(), source })?;
+        live.count_missing(disk, missing);
+        Ok(missing)
+    }
+
+    /// Stores what was served of each disk: what is not stored counts as unread after a crash.
+    pub fn store_coverage(&self, uid: &str, live: &Live) {
+        for (disk, coverage) in live.coverages() {
+            if let Some(encoded) = coverage.changed()
+                && let Err(error) = self.host.state.store_coverage(uid, &disk, &encoded)
+            {
+                tracing::warn!(backup = uid, disk, %error, "coverage was not stored");
+            }
+        }
+    }
+
+    /// Ends every ticket of a backup, and waits a little for their requests.
+    pub async fn end_tickets(&self, uid: &str) {
+        for transfer in self.tickets.of_backup(uid) {
+            self.tickets.end(&transfer, End::Canceled);
+            let drained = tokio::time::timeout(DRAIN, self.tickets.drained(&transfer)).await;
+            if drained.is_err() {
+                tracing::warn!(backup = uid, transfer, "requests on an ended ticket go on");
+            }
+        }
+    }
+
+    /// Forgets what the state directory has of a backup that ended. Its transfers still ask the registry
+    /// how it ended; the sweep forgets it there.
+    pub fn release(&self, uid: &str) {
+        if let Err(error) = self.host.state.forget(uid) {
+            tracing::warn!(backup = uid, %error, "the record of an ended backup was not removed");
+        }
+    }
+
+    /// Looks at a backup again.
+    pub fn wake_backup(&self, uid: &str) {
+        self.registry.wake(uid);
+    }
+
+    /// The backup with this uid, if it lives here.
+    pub(super) fn live(&self, uid: &str) -> Option<Arc<Live>> {
+        self.registry.find(uid)
+    }
+}

@@ -1,0 +1,113 @@
+//! Publishes what this node's libvirt says of its domains, as DomainSightings. The operator makes the
+//! LibvirtDomains that users see out of them.
+
+use std::collections::{BTreeMap, HashMap};
+
+use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
+use kube::{Api, ResourceExt as _};
+
+use super::{AgentError, Context};
+use crate::api::{self, DomainSighting, DomainSightingSpec};
+use crate::libvirt::Listed;
+use crate::libvirt::xml::Domain;
+
+/// The sighting of one domain. Pure.
+pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
+    let domain = Domain::parse(&listed.xml).ok()?;
+    let size = |target: &str| listed.sizes.iter().find(|(name, _)| name == target).map(|(_, size)| *size);
+    let disks = domain.devices.disks.iter().take(128).map(|disk| disk.sighted(size(&disk.target.dev)));
+    Some(DomainSightingSpec {
+        node_name: node.to_owned(),
+        uuid: domain.uuid.clone(),
+        name: domain.name.chars().take(1024).collect(),
+        state: listed.state,
+        disks: disks.collect(),
+    })
+}
+
+/// What this agent last wrote, by domain uuid: equal sightings are not written again.
+pub struct Inventory {
+    api: Api<DomainSighting>,
+    namespace: String,
+    written: HashMap<String, DomainSighting>,
+}
+
+impl Inventory {
+    /// Reads what was written before, in this node's name.
+    ///
+    /// # Errors
+    /// What the API server says.
+    pub async fn load(context: &Context, namespace: &str) -> Result<Self, AgentError> {
+        let api = Api::<DomainSighting>::namespaced(context.client.clone(), namespace);
+        let ours = ListParams::default().fields(&format!("spec.nodeName={}", context.node));
+        let written = api.list(&ours).await?.into_iter().map(|s| (s.spec.uuid.clone(), s)).collect();
+        Ok(Self { api, namespace: namespace.to_owned(), written })
+    }
+
+    /// Makes the sightings say what libvirt says now.
+    ///
+    /// # Errors
+    /// When libvirt or the API server cannot be asked; the next call goes on where this one stopped.
+    pub async fn publish(&mut self, context: &Context) -> Result<(), AgentError> {
+        let host = context.host.clone();
+        let listed = context.blocking(move || Ok(host.libvirt.domains()?)).await?;
+        let seen: BTreeMap<String, DomainSightingSpec> = listed
+            .iter()
+            .filter_map(|listed| sighting(&context.node, listed))
+            .map(|spec| (spec.uuid.clone(), spec))
+            .collect();
+        let gone: Vec<String> = self.written.keys().filter(|uuid| !seen.contains_key(*uuid)).cloned().collect();
+        for uuid in gone {
+            let name = sighting_name(&context.node, &uuid);
+            match self.api.delete(&name, &DeleteParams::default()).await {
+                Err(kube::Error::Api(status)) if !status.is_not_found() => {
+                    return Err(kube::Error::Api(status).into());
+                }
+                Err(error) if !matches!(error, kube::Error::Api(_)) => return Err(error.into()),
+                _ => {}
+            }
+            tracing::info!(domain = uuid, "domain gone");
+            self.written.remove(&uuid);
+        }
+        for (uuid, spec) in seen {
+            if self.written.get(&uuid).is_some_and(|written| written.spec == spec) {
+                continue;
+            }
+            tracing::info!(domain = uuid, name = spec.name, state = ?spec.state, "domain seen");
+            let written = self.write(&context.node, spec).await?;
+            self.written.insert(uuid, written);
+        }
+        Ok(())
+    }
+
+    async fn write(&self, node: &str, spec: DomainSightingSpec) -> Result<DomainSighting, AgentError> {
+        let params = PostParams { field_manager: Some(api::AGENT.to_owned()), ..PostParams::default() };
+        let name = sighting_name(node, &spec.uuid);
+        let known = match self.written.get(&spec.uuid) {
+            Some(known) => Some(known.clone()),
+            None => self.api.get_opt(&name).await?,
+        };
+        if let Some(mut known) = known {
+            known.spec = spec.clone();
+            known.metadata.managed_fields = None;
+            match self.api.replace(&known.name_any(), &params, &known).await {
+                Ok(written) => return Ok(written),
+                Err(kube::Error::Api(status)) if status.is_not_found() => {}
+                Err(kube::Error::Api(status)) if status.is_conflict() => {
+                    let mut fresh = self.api.get(&name).await?;
+                    fresh.spec = spec;
+                    return Ok(self.api.replace(&name, &params, &fresh).await?);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let metadata =
+            ObjectMeta { name: Some(name), namespace: Some(self.namespace.clone()), ..ObjectMeta::default() };
+        Ok(self.api.create(&params, &DomainSighting { metadata, spec }).await?)
+    }
+}
+
+/// One sighting per node and domain, at a name that admission can check.
+fn sighting_name(node: &str, uuid: &str) -> String {
+    format!("{node}.{uuid}")
+}

@@ -1,0 +1,217 @@
+//! The backups that live on this node, in memory: who waits for whom, and what is served.
+//!
+//! It is rebuilt from the state directory at start. Nothing here talks to Kubernetes or libvirt.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::channel::mpsc::UnboundedSender;
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::reflector::ObjectRef;
+
+use super::state::Record;
+use crate::api::{ImageTransfer, VmBackup, VmCheckpoint};
+use crate::imageio::SharedCoverage;
+
+/// One backup of this node.
+pub struct Live {
+    /// The domain's uuid, to find the backup by when libvirt says that the domain changed.
+    pub vm_uuid: String,
+    /// The object.
+    pub object: ObjectRef<VmBackup>,
+    /// The record; held while an action runs.
+    pub record: tokio::sync::Mutex<Record>,
+    /// Whether this process has seen the object, so that it is known not to be an orphan.
+    pub confirmed: AtomicBool,
+    served: Mutex<Served>,
+}
+
+/// What is known of the clients of one backup.
+#[derive(Default)]
+struct Served {
+    /// Per disk, which bytes were served.
+    coverage: BTreeMap<String, SharedCoverage>,
+    /// Per disk, bytes that must be read, served or not.
+    required: BTreeMap<String, u64>,
+    /// Per disk, bytes that must be read and were not, as last counted.
+    missing: BTreeMap<String, u64>,
+    /// When a client last asked for something, as far as tickets tell.
+    last_request: Option<Timestamp>,
+    /// Transfers whose reading this agent cannot see.
+    unseen: HashSet<String>,
+    /// When its end was seen first.
+    ended_at: Option<Timestamp>,
+}
+
+impl Live {
+    /// A backup with nothing served yet.
+    pub fn new(record: Record) -> Self {
+        Self {
+            vm_uuid: record.vm_uuid.clone(),
+            object: ObjectRef::new(&record.name).within(&record.namespace),
+            record: tokio::sync::Mutex::new(record),
+            confirmed: AtomicBool::new(false),
+            served: Mutex::default(),
+        }
+    }
+
+    /// The coverage of a disk; made by `make` when it is asked for first.
+    pub fn coverage(&self, disk: &str, make: impl FnOnce() -> SharedCoverage) -> SharedCoverage {
+        self.served().coverage.entry(disk.to_owned()).or_insert_with(make).clone()
+    }
+
+    /// Every disk's coverage that there is.
+    pub fn coverages(&self) -> Vec<(String, SharedCoverage)> {
+        self.served().coverage.iter().map(|(disk, coverage)| (disk.clone(), coverage.clone())).collect()
+    }
+
+    fn served(&self) -> MutexGuard<'_, Served> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes how much of a disk must be read, in bytes, served or not.
+    pub fn require(&self, disk: &str, bytes: u64) {
+        self.served().required.insert(disk.to_owned(), bytes);
+    }
+
+    /// How much of a disk must be read, in bytes, once a ticket was made for it.
+    pub fn required(&self, disk: &str) -> Option<u64> {
+        self.served().required.get(disk).copied()
+    }
+
+    /// Notes how much of a disk must still be read, in bytes.
+    pub fn count_missing(&self, disk: &str, bytes: u64) {
+        self.served().missing.insert(disk.to_owned(), bytes);
+    }
+
+    /// Per disk, bytes that must be read and were not, as last counted.
+    pub fn missing(&self) -> Vec<(String, u64)> {
+        self.served().missing.iter().map(|(disk, bytes)| (disk.clone(), *bytes)).collect()
+    }
+
+    /// Notes that a client asked for something at `when`.
+    pub fn requested(&self, when: Timestamp) {
+        let mut served = self.served();
+        served.last_request = served.last_request.max(Some(when));
+    }
+
+    /// When a client last asked for something.
+    pub fn last_request(&self) -> Option<Timestamp> {
+        self.served().last_request
+    }
+
+    /// Notes whether a transfer is open whose reading cannot be seen (NBD).
+    pub fn unseen(&self, transfer: &str, open: bool) {
+        let mut served = self.served();
+        if open {
+            served.unseen.insert(transfer.to_owned());
+        } else {
+            served.unseen.remove(transfer);
+        }
+    }
+
+    /// Notes that it ended, if that is news, and tells when it did.
+    pub fn ended(&self, now: Timestamp) -> Timestamp {
+        *self.served().ended_at.get_or_insert(now)
+    }
+
+    /// Whether a transfer is open whose reading cannot be seen.
+    pub fn has_unseen(&self) -> bool {
+        !self.served().unseen.is_empty()
+    }
+}
+
+/// Every backup of this node, and what is to be looked at again when one changes.
+#[derive(Clone)]
+pub struct Registry {
+    inner: Arc<Mutex<Inner>>,
+    wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
+    wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
+    wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    live: HashMap<String, Arc<Live>>,
+    transfers: HashMap<String, HashSet<ObjectRef<ImageTransfer>>>,
+    checkpoints: HashSet<ObjectRef<VmCheckpoint>>,
+}
+
+impl Registry {
+    /// An empty one that wakes reconcilers through these channels.
+    pub fn new(
+        wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
+        wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
+        wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
+    ) -> Self {
+        Self { inner: Arc::default(), wake_backup, wake_transfer, wake_checkpoint }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The backup with this uid.
+    pub fn find(&self, uid: &str) -> Option<Arc<Live>> {
+        self.inner().live.get(uid).cloned()
+    }
+
+    /// Adds a backup; the one that is there already wins.
+    pub fn insert(&self, uid: &str, live: Live) -> Arc<Live> {
+        Arc::clone(self.inner().live.entry(uid.to_owned()).or_insert_with(|| Arc::new(live)))
+    }
+
+    /// Forgets a backup.
+    pub fn remove(&self, uid: &str) {
+        let mut inner = self.inner();
+        inner.live.remove(uid);
+        inner.transfers.remove(uid);
+    }
+
+    /// Every backup, with its uid.
+    pub fn all(&self) -> Vec<(String, Arc<Live>)> {
+        self.inner().live.iter().map(|(uid, live)| (uid.clone(), Arc::clone(live))).collect()
+    }
+
+    /// Notes that a transfer belongs to the backup `uid`, so that it is woken with it.
+    pub fn follow(&self, uid: &str, transfer: ObjectRef<ImageTransfer>) {
+        self.inner().transfers.entry(uid.to_owned()).or_default().insert(transfer);
+    }
+
+    /// Notes that a checkpoint waits for this node.
+    pub fn await_removal(&self, checkpoint: ObjectRef<VmCheckpoint>) {
+        self.inner().checkpoints.insert(checkpoint);
+    }
+
+    /// Notes that a checkpoint waits no more.
+    pub fn removed(&self, checkpoint: &ObjectRef<VmCheckpoint>) {
+        self.inner().checkpoints.remove(checkpoint);
+    }
+
+    /// Looks at the backup `uid` again.
+    pub fn wake(&self, uid: &str) {
+        if let Some(live) = self.find(uid) {
+            // a closed channel means that the agent is shutting down, here and below
+            let _ = self.wake_backup.unbounded_send(live.object.clone());
+        }
+    }
+
+    /// Looks at the transfers of the backup `uid` again.
+    pub fn wake_transfers(&self, uid: &str) {
+        for transfer in self.inner().transfers.get(uid).into_iter().flatten() {
+            let _ = self.wake_transfer.unbounded_send(transfer.clone());
+        }
+    }
+
+    /// Looks at everything again that has to do with a domain; with `None`, at everything.
+    pub fn wake_domain(&self, vm_uuid: Option<&str>) {
+        let inner = self.inner();
+        for live in inner.live.values().filter(|live| vm_uuid.is_none_or(|uuid| live.vm_uuid == uuid)) {
+            let _ = self.wake_backup.unbounded_send(live.object.clone());
+        }
+        for checkpoint in &inner.checkpoints {
+            let _ = self.wake_checkpoint.unbounded_send(checkpoint.clone());
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Puts the agent together and runs it until it is told to stop.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::{StreamExt as _, TryFutureExt as _, channel::mpsc};
+use k8s_openapi::jiff::SignedDuration;
+use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::{Controller, watcher};
+use kube::{Api, Client, Config as KubeConfig, ResourceExt as _};
+use tokio_util::sync::CancellationToken;
+
+use super::backup::act::Host;
+use super::config::Config;
+use super::context::{AgentError, Context};
+use super::inventory::Inventory;
+use super::registry::{Live, Registry};
+use super::state::StateDir;
+use super::transfer::StoredTicket;
+use super::{backup, checkpoint, transfer};
+use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
+use crate::clock;
+use crate::cluster::Events;
+use crate::imageio::{ImageServer, Tickets};
+use crate::libvirt::{self, Libvirt, Notice};
+
+/// How often the inventory is read although libvirt said nothing.
+const SAFETY_NET: Duration = Duration::from_secs(60);
+
+/// How long an ended backup is remembered, for its transfers to learn how it ended.
+const REMEMBERED: SignedDuration = SignedDuration::from_secs(60);
+
+/// Every how many rounds each backup's object is asked for, although nothing was heard of it.
+const DOUBT: u64 = 12;
+
+/// How often served ranges are stored.
+const STORE: Duration = Duration::from_secs(5);
+
+/// Runs the agent until `stop`.
+///
+/// # Errors
+/// When it cannot start: the API server, the directories or the certificate.
+pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let client = connect(&config).await?;
+    let state = StateDir::open(&config.state_dir, &config.run_dir)?;
+    let tls = super::super::imageio::tls::load_or_make(&config).context("the image server's certificate")?;
+    let tickets = Tickets::default();
+    let (wake_backup, backups) = mpsc::unbounded();
+    let (wake_transfer, transfers) = mpsc::unbounded();
+    let (wake_checkpoint, checkpoints) = mpsc::unbounded();
+    let (noticed, mut notices) = mpsc::unbounded();
+    libvirt::watch(&config.libvirt_uri, move |notice| noticed.unbounded_send(notice).is_ok())?;
+    let context = Arc::new(Context {
+        client: client.clone(),
+        node: config.node_name.clone(),
+        host: Host { libvirt: Libvirt::new(&config.libvirt_uri), state },
+        registry: Registry::new(wake_backup, wake_transfer, wake_checkpoint),
+        tickets: tickets.clone(),
+        events: Events::new(client.clone(), api::AGENT, Some(config.node_name.clone())),
+        advertised: config.advertised(),
+        unix_socket: config.unix_socket().to_string_lossy().into_owned(),
+        ca: tls.ca.clone(),
+    });
+    adopt(&context)?;
+    let server = ImageServer::bind(&config.listen, &config.unix_socket(), &tls, tickets).await?;
+    tracing::info!(node = config.node_name, addresses = ?config.listen, "image server listens");
+
+    let mine = watcher::Config::default().fields(&format!("status.nodeName={}", config.node_name));
+    let settings = || ControllerConfig::default().concurrency(16);
+    let stopped = || stop.clone().cancelled_owned();
+    let backup_controller = Controller::new(Api::<VmBackup>::all(client.clone()), mine.clone())
+        .with_config(settings())
+        .reconcile_on(backups)
+        .graceful_shutdown_on(stopped())
+        .run(backup::reconcile::reconcile, on_error, Arc::clone(&context))
+        .for_each(|result| async { report("backup", result) });
+    let transfer_controller = Controller::new(Api::<ImageTransfer>::all(client.clone()), mine.clone())
+        .with_config(settings())
+        .reconcile_on(transfers)
+        .graceful_shutdown_on(stopped())
+        .run(transfer::reconcile, on_error, Arc::clone(&context))
+        .for_each(|result| async { report("transfer", result) });
+    let checkpoint_controller = Controller::new(Api::<VmCheckpoint>::all(client.clone()), mine)
+        .with_config(settings())
+        .reconcile_on(checkpoints)
+        .graceful_shutdown_on(stopped())
+        .run(checkpoint::reconcile, on_error, Arc::clone(&context))
+        .for_each(|result| async { report("checkpoint", result) });
+
+    let watched = Arc::clone(&context);
+    let namespace = config.system_namespace.clone();
+    let inventory = async move {
+        let mut inventory = None;
+        loop {
+            let notice = tokio::time::timeout(SAFETY_NET, notices.next()).await;
+            match notice {
+                Ok(None) => return,
+                Ok(Some(Notice::Domain(uuid))) => watched.registry.wake_domain(Some(&uuid)),
+                Ok(Some(Notice::Everything)) | Err(_) => watched.registry.wake_domain(None),
+                Ok(Some(Notice::Disconnected(why))) => {
+                    tracing::warn!(why, "libvirt cannot be reached");
+                    continue;
+                }
+            }
+            while let Ok(more) = notices.try_recv() {
+                if let Notice::Domain(uuid) = more {
+                    watched.registry.wake_domain(Some(&uuid));
+                }
+            }
+            if let Err(error) = publish(&mut inventory, &watched, &namespace).await {
+                tracing::warn!(%error, "the inventory was not published");
+                inventory = None;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    };
+    let kept = Arc::clone(&context);
+    let keeper = async move {
+        // an object that was deleted by force leaves the watch without a word: ask, once in a while
+        for round in 1_u64.. {
+            tokio::time::sleep(STORE).await;
+            keep(&kept, round % DOUBT == 0).await;
+        }
+    };
+
+    let serving = server.serve(stop.clone()).map_err(anyhow::Error::from);
+    tokio::select! {
+        ended = serving => ended.context("the image server")?,
+        () = inventory => {}
+        () = keeper => {}
+        _ = async { tokio::join!(backup_controller, transfer_controller, checkpoint_controller) } => {}
+        () = stop.cancelled() => {}
+    }
+    keep(&context, false).await;
+    Ok(())
+}
+
+async fn connect(config: &Config) -> anyhow::Result<Client> {
+    let kube = match &config.kubeconfig {
+        Some(path) => {
+            let file = kube::config::Kubeconfig::read_from(path)?;
+            KubeConfig::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
+        }
+        None => KubeConfig::infer().await?,
+    };
+    Ok(Client::try_from(kube)?)
+}
+
+/// Takes up what an earlier process of this agent left: its backups, and their tickets, so that a reader
+/// can go on with the one it has.
+fn adopt(context: &Context) -> anyhow::Result<()> {
+    let state = &context.host.state;
+    let (records, broken) = state.records()?;
+    for error in broken {
+        tracing::warn!(%error, "a record cannot be read: look at the state directory");
+    }
+    for mut record in records {
+        record.life.adopted = true;
+        let uid = record.uid.clone();
+        tracing::info!(backup = uid, vm = record.vm, stage = ?record.life.stage, "backup adopted");
+        let serving = record.life.is_serving();
+        let tickets = state.tickets::<StoredTicket>(&uid)?;
+        let live = context.registry.insert(&uid, Live::new(record.clone()));
+        for (_, stored) in tickets.into_iter().filter(|_| serving) {
+            let disk = stored.ticket.disk.clone();
+            live.require(&disk, stored.required);
+            context.tickets.add(stored.ticket, context.coverage(&live, &record, &disk));
+        }
+    }
+    for uid in state.stray_runs()? {
+        tracing::warn!(backup = uid, "files of a backup that no record knows are removed");
+        state.remove_run(&uid)?;
+    }
+    Ok(())
+}
+
+async fn publish(
+    inventory: &mut Option<Inventory>,
+    context: &Context,
+    namespace: &str,
+) -> Result<(), AgentError> {
+    let loaded = match inventory {
+        Some(loaded) => loaded,
+        None => inventory.insert(Inventory::load(context, namespace).await?),
+    };
+    loaded.publish(context).await
+}
+
+/// Stores what was served, tells of progress, cleans after backups whose objects are gone, and forgets
+/// those that ended a while ago.
+async fn keep(context: &Context, doubt: bool) {
+    for (uid, live) in context.registry.all() {
+        if (doubt || !live.confirmed.load(Ordering::Relaxed))
+            && let Err(error) = backup::reconcile::clean_orphan(&uid, &live, context).await
+        {
+            tracing::warn!(backup = uid, %error, "it is not known yet whether its object is gone");
+        }
+        // held means busy: its own reconciler sees to it
+        let Ok(record) = live.record.try_lock() else { continue };
+        if record.life.is_ended() {
+            let since = live.ended(clock::now());
+            if clock::now().duration_since(since) > REMEMBERED {
+                context.registry.remove(&uid);
+            }
+        } else if record.life.is_serving() {
+            context.store_coverage(&uid, &live);
+            context.registry.wake_transfers(&uid);
+        }
+    }
+}
+
+fn report<K>(kind: &str, result: Result<(kube::runtime::reflector::ObjectRef<K>, Requeue), ControllerError<AgentError, watcher::Error>>)
+where
+    K: kube::Resource,
+{
+    match result {
+        Ok(_) | Err(ControllerError::ObjectNotFound(_) | ControllerError::ReconcilerFailed(..)) => {}
+        Err(error) => tracing::warn!(kind, %error, "watching"),
+    }
+}
+
+fn on_error<K: kube::Resource<DynamicType = ()>>(object: Arc<K>, error: &AgentError, _: Arc<Context>) -> Requeue {
+    if error.is_conflict() {
+        return Requeue::requeue(Duration::from_millis(20));
+    }
+    if error.is_not_found() {
+        return Requeue::await_change();
+    }
+    tracing::warn!(object = object.name_any(), kind = %K::kind(&()), %error, "tried again");
+    Requeue::requeue(Duration::from_secs(2))
+}

@@ -1,0 +1,317 @@
+//! ImageTransfers of this node: a ticket for each, as long as its backup can be read.
+//!
+//! The ticket id is a bearer secret. It goes into the Secret and the agent's own state directory (0600),
+//! and nowhere else: never into status, Events or logs.
+
+pub mod status;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::ObjectMeta;
+use kube::runtime::controller::Action as Requeue;
+use kube::runtime::reflector::ObjectRef;
+use kube::{Api, Resource as _, ResourceExt as _};
+use serde::{Deserialize, Serialize};
+
+use self::status::{Observed, PROGRESS_SECONDS, Standing};
+use super::backup::life::Outcome;
+use super::registry::Live;
+use super::state::Record;
+use super::{AgentError, Context};
+use crate::api::{
+    self, DesiredState, ImageTransfer, ImageTransferStatus, NbdExport, Phase, Protocol, VmBackup, conditions,
+};
+use crate::clock;
+use crate::cluster;
+use crate::imageio::{End, Ticket, TicketId};
+use crate::reason::{Because, Reason};
+
+/// How soon to look again at a transfer whose backup this agent has not taken up yet.
+const SOON: Duration = Duration::from_millis(200);
+
+/// A ticket, as the state directory keeps it.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct StoredTicket {
+    /// The ticket.
+    pub ticket: Ticket,
+    /// Which of the transfer's Secrets has it.
+    pub secret: u32,
+    /// Bytes of the disk that must be read.
+    pub required: u64,
+}
+
+/// Brings one transfer as far as it can get now.
+///
+/// # Errors
+/// What could not be gathered or written; the caller tries again.
+pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> Result<Requeue, AgentError> {
+    let (Some(uid), Some(old)) = (transfer.uid(), transfer.status.clone()) else {
+        return Ok(Requeue::await_change());
+    };
+    let clean = conditions::is_true(&old.conditions, conditions::HOST_CLEAN);
+    let Some(backup_uid) = old.backup_uid.clone().filter(|_| !clean) else { return Ok(Requeue::await_change()) };
+    if old.node_name.as_deref() != Some(&context.node) {
+        return Ok(Requeue::await_change());
+    }
+    context.registry.follow(&backup_uid, ObjectRef::from_obj(&*transfer));
+
+    let Some(live) = context.live(&backup_uid) else {
+        return match ended_elsewhere(&transfer, &backup_uid, &context).await? {
+            Some(standing) => {
+                context.tickets.end(&uid, End::Canceled);
+                let observed = observe(&transfer, standing, None, None, &context);
+                write(&transfer, &old, observed, &context).await
+            }
+            None => Ok(Requeue::requeue(SOON)),
+        };
+    };
+    let record = live.record.lock().await;
+    let wish = if transfer.meta().deletion_timestamp.is_some() { DesiredState::Cancelled } else { transfer.spec.state };
+    let standing = match (&record.life.outcome, wish) {
+        (Some(outcome), _) => after(outcome),
+        (None, DesiredState::Cancelled) => {
+            Standing::Ended(Phase::Cancelled, Because::new(Reason::Cancelled, "the user cancelled it"))
+        }
+        (None, _) if !record.life.is_serving() => Standing::Waiting,
+        (None, DesiredState::Finalized) => {
+            Standing::Ended(Phase::Succeeded, Because::new(Reason::Finalized, "the client says that it is done"))
+        }
+        (None, DesiredState::Running) => open(&transfer, &uid, &live, &record, &context).await?,
+    };
+    let ends = matches!(standing, Standing::Ended(..));
+    if ends {
+        end(&transfer, &uid, &live, &record, &standing, &context).await?;
+    }
+    if let Some(stats) = context.tickets.stats(&uid)
+        && let Ok(idle) = k8s_openapi::jiff::SignedDuration::try_from(stats.idle)
+        && stats.ever_used
+        && let Ok(when) = clock::now().checked_sub(idle)
+    {
+        live.requested(when);
+    }
+    let observed = observe(&transfer, standing, Some(&live), Some(&record), &context);
+    drop(record);
+    let requeue = write(&transfer, &old, observed, &context).await;
+    if ends {
+        context.wake_backup(&backup_uid);
+    }
+    requeue
+}
+
+/// What an ended backup makes of its transfers.
+fn after(outcome: &Outcome) -> Standing {
+    match outcome {
+        Outcome::Succeeded => {
+            Standing::Ended(Phase::Succeeded, Because::new(Reason::Finalized, "the backup was finalized"))
+        }
+        Outcome::Failed(because) => {
+            let phase = match because.reason {
+                Reason::Cancelled | Reason::Deleted => Phase::Cancelled,
+                _ => Phase::Failed,
+            };
+            let reason = if phase == Phase::Cancelled { because.reason } else { Reason::TransferFailed };
+            Standing::Ended(phase, Because::new(reason, format!("the backup ended: {because}")))
+        }
+    }
+}
+
+/// What the API knows of a backup that does not live here. `None` while it may still come to live here.
+async fn ended_elsewhere(
+    transfer: &ImageTransfer,
+    backup_uid: &str,
+    context: &Context,
+) -> Result<Option<Standing>, AgentError> {
+    let namespace = transfer.namespace().unwrap_or_default();
+    let api = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
+    let backup = api.get_opt(&transfer.spec.backup).await?.filter(|backup| backup.uid().as_deref() == Some(backup_uid));
+    let Some(backup) = backup else {
+        let because = Because::new(Reason::TransferFailed, "the backup is gone");
+        return Ok(Some(Standing::Ended(Phase::Failed, because)));
+    };
+    let status = backup.status.unwrap_or_default();
+    if !status.phase.is_terminal() {
+        return Ok(None);
+    }
+    let ready = conditions::get(&status.conditions, conditions::READY);
+    let reason = ready.and_then(|ready| Reason::ALL.iter().copied().find(|r| r.as_str() == ready.reason));
+    Ok(Some(match status.phase {
+        Phase::Succeeded => after(&Outcome::Succeeded),
+        _ => {
+            let message = ready.map(|ready| ready.message.clone()).unwrap_or_default();
+            after(&Outcome::Failed(Because::new(reason.unwrap_or(Reason::TransferFailed), message)))
+        }
+    }))
+}
+
+/// Opens the way to the bytes; what is open already stays as it is.
+async fn open(
+    transfer: &ImageTransfer,
+    uid: &str,
+    live: &Live,
+    record: &Record,
+    context: &Context,
+) -> Result<Standing, AgentError> {
+    let disk = &transfer.spec.disk;
+    let Some(planned) = record.disks.iter().find(|planned| planned.target == *disk) else {
+        let because = Because::new(Reason::DiskNotFound, format!("the backup has no disk {disk}"));
+        return Ok(Standing::Ended(Phase::Failed, because));
+    };
+    let export = context.export(record, disk)?;
+    if transfer.spec.protocol == Protocol::Nbd {
+        live.unseen(uid, true);
+        let nbd = NbdExport { socket: export.socket.to_string_lossy().into_owned(), export: export.name };
+        return Ok(Standing::Open { secret: None, nbd: Some(nbd) });
+    }
+    let stored = context.host.state.tickets::<StoredTicket>(&record.uid)?;
+    let coverage = context.coverage(live, record, disk);
+    let kept = stored.into_iter().find(|(transfer, _)| transfer == uid).map(|(_, ticket)| ticket);
+    let is_new = kept.is_none();
+    let mut ticket = match kept {
+        Some(kept) => kept,
+        None => StoredTicket {
+            ticket: Ticket {
+                id: TicketId::generate(),
+                transfer: uid.to_owned(),
+                backup: record.uid.clone(),
+                disk: disk.clone(),
+                size: planned.size,
+                export,
+                dirty: false,
+                filename: None,
+            },
+            secret: 1,
+            required: context.count_missing(live, record, disk).await?,
+        },
+    };
+    live.require(disk, ticket.required);
+    if context.tickets.stats(uid).is_some() && !is_new {
+        return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
+    }
+    let api = Api::<Secret>::namespaced(context.client.clone(), &record.namespace);
+    loop {
+        // stored first: a Secret of this number that is there already is then known to be ours
+        context.host.state.store_ticket(&record.uid, uid, &ticket)?;
+        let created = cluster::create(&api, &secret(transfer, uid, &ticket, record, context), api::AGENT).await?;
+        if created || !is_new {
+            break;
+        }
+        ticket.secret += 1;
+    }
+    let name = secret_name(uid, ticket.secret);
+    context.tickets.add(ticket.ticket, coverage);
+    Ok(Standing::Open { secret: Some(name), nbd: None })
+}
+
+fn secret_name(uid: &str, number: u32) -> String {
+    format!("ticket-{uid}-{number}")
+}
+
+/// The Secret that a client reads. Owned by the transfer, so that it goes with it.
+fn secret(transfer: &ImageTransfer, uid: &str, ticket: &StoredTicket, record: &Record, context: &Context) -> Secret {
+    let text = |text: String| ByteString(text.into_bytes());
+    let mut owner = transfer.owner_ref(&()).unwrap_or_default();
+    owner.block_owner_deletion = None;
+    owner.controller = None;
+    Secret {
+        metadata: ObjectMeta {
+            name: Some(secret_name(uid, ticket.secret)),
+            namespace: transfer.namespace(),
+            labels: Some(BTreeMap::from([(api::LABEL_BACKUP.to_owned(), record.uid.clone())])),
+            owner_references: Some(vec![owner]),
+            ..ObjectMeta::default()
+        },
+        type_: Some(api::TICKET_SECRET_TYPE.to_owned()),
+        immutable: Some(true),
+        data: Some(BTreeMap::from([
+            (
+                "url".to_owned(),
+                text(format!("https://{}/images/{}", context.advertised, ticket.ticket.id.expose())),
+            ),
+            ("unixSocket".to_owned(), text(context.unix_socket.clone())),
+            ("ca.crt".to_owned(), text(context.ca.clone())),
+        ])),
+        ..Secret::default()
+    }
+}
+
+/// Closes the way to the bytes, waits for those in flight, and counts what was read.
+async fn end(
+    transfer: &ImageTransfer,
+    uid: &str,
+    live: &Live,
+    record: &Record,
+    standing: &Standing,
+    context: &Context,
+) -> Result<(), AgentError> {
+    let finalized = matches!(standing, Standing::Ended(Phase::Succeeded, _));
+    context.tickets.end(uid, if finalized { End::Removed } else { End::Canceled });
+    context.tickets.drained(uid).await;
+    live.unseen(uid, false);
+    let disk = &transfer.spec.disk;
+    if finalized && record.life.is_serving() && record.disks.iter().any(|planned| planned.target == *disk) {
+        if transfer.spec.protocol == Protocol::Nbd {
+            // its client reads QEMU's socket, which nobody sees: finalizing is its word for it
+            context.coverage(live, record, disk).mark_all();
+        }
+        context.count_missing(live, record, disk).await?;
+        context.store_coverage(&record.uid, live);
+    }
+    context.host.state.remove_ticket(&record.uid, uid)?;
+    Ok(())
+}
+
+fn observe(
+    transfer: &ImageTransfer,
+    standing: Standing,
+    live: Option<&Live>,
+    record: Option<&Record>,
+    context: &Context,
+) -> Observed {
+    let disk = &transfer.spec.disk;
+    let known = live.zip(record).filter(|(_, record)| record.life.ready_at.is_some());
+    let planned = known.and_then(|(_, record)| record.disks.iter().find(|planned| planned.target == *disk));
+    let seen = planned.is_some() && transfer.spec.protocol == Protocol::Imageio;
+    let transferred = known
+        .filter(|_| seen && !matches!(standing, Standing::Waiting))
+        .map(|(live, record)| context.coverage(live, record, disk).transferred());
+    let required = known.and_then(|(live, _)| live.required(disk));
+    Observed {
+        generation: transfer.metadata.generation,
+        standing,
+        size: planned.map(|planned| planned.size),
+        transferred,
+        required,
+        now: clock::now(),
+    }
+}
+
+async fn write(
+    transfer: &ImageTransfer,
+    old: &ImageTransferStatus,
+    observed: Observed,
+    context: &Context,
+) -> Result<Requeue, AgentError> {
+    let new = status::status(old, &observed);
+    // the reflector's copy is as old as our last write at most; progress alone is told by the timer's pace
+    let since = if new.phase == old.phase { PROGRESS_SECONDS } else { 0 };
+    if status::is_worth_writing(old, &new, since) {
+        let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
+        let mut object = transfer.clone();
+        object.metadata.managed_fields = None;
+        object.status = Some(new.clone());
+        cluster::replace_status(&api, &object, api::AGENT).await?;
+        if new.phase != old.phase {
+            let (backup, uid) = (new.backup_uid.clone().unwrap_or_default(), transfer.uid().unwrap_or_default());
+            tracing::info!(backup, transfer = uid, disk = transfer.spec.disk, phase = ?new.phase, "transfer");
+        }
+    }
+    Ok(match new.phase {
+        Phase::Ready => Requeue::requeue(Duration::from_secs(PROGRESS_SECONDS.unsigned_abs())),
+        Phase::Initializing => Requeue::requeue(Duration::from_secs(30)),
+        _ => Requeue::await_change(),
+    })
+}

@@ -309,3 +309,6 @@ struct BackupServer {
 pub fn backup_socket(xml: &str) -> Option<String> {
     quick_xml::de::from_str::<RunningBackup>(xml).ok()?.server?.socket
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,82 @@
+//! Against XML that libvirt 11.3 printed of real domains (`tests/golden`).
+
+use super::*;
+
+const LIVE: &str = include_str!("../../../tests/golden/domain-live.xml");
+const OFF: &str = include_str!("../../../tests/golden/domain-off.xml");
+
+fn support(domain: &Domain) -> Vec<(&str, BackupSupport, bool)> {
+    let disks = domain.devices.disks.iter();
+    disks.map(|disk| (disk.target.dev.as_str(), disk.support().0, disk.support().1.is_some())).collect()
+}
+
+#[test]
+fn reads_what_libvirt_prints_of_a_running_domain() {
+    let domain = Domain::parse(LIVE).unwrap();
+    assert_eq!(domain.name, "tricky & \"named\"");
+    assert_eq!(domain.uuid, "11111111-2222-4333-8444-666666666666");
+    assert_eq!(domain.qemu_owner(), Some((64055, 64055)));
+    assert!(!domain.guest_agent_connected(), "its channel is disconnected");
+    assert!(domain.disks_with_block_job().is_empty());
+    let expected = [
+        ("vda", BackupSupport::Incremental, false),
+        ("vdb", BackupSupport::Full, true),
+        ("vdc", BackupSupport::Unsupported, true),
+        ("vdd", BackupSupport::Unsupported, true),
+        ("sda", BackupSupport::Unsupported, true),
+    ];
+    assert_eq!(support(&domain), expected, "each refusal has a reason");
+    let vda = domain.devices.disks[0].sighted(Some(8 << 20));
+    assert_eq!(vda.serial.as_deref(), Some("abc"));
+    let chain: Vec<_> =
+        vda.backing_chain.iter().map(|layer| (layer.file.as_str(), layer.format.as_str())).collect();
+    assert_eq!(chain, [("/vm/top.qcow2", "qcow2"), ("/vm/base.qcow2", "qcow2")]);
+}
+
+#[test]
+fn reads_what_libvirt_prints_of_a_domain_that_is_off() {
+    let domain = Domain::parse(OFF).unwrap();
+    assert_eq!(domain.qemu_owner(), None, "no QEMU, no owner");
+    assert_eq!(domain.devices.disks[0].path(), Some("/vm/top.qcow2"));
+    assert_eq!(domain.devices.disks.len(), 5);
+}
+
+#[test]
+fn a_connected_agent_and_a_block_job_are_seen() {
+    let connected = LIVE.replace("state='disconnected'", "state='connected'");
+    assert!(Domain::parse(&connected).unwrap().guest_agent_connected());
+    let mirrored = LIVE.replacen(
+        "<serial>abc</serial>",
+        "<mirror type='file' job='copy'><source file='/x'/></mirror>",
+        1,
+    );
+    assert_eq!(Domain::parse(&mirrored).unwrap().disks_with_block_job(), ["vda"]);
+}
+
+#[test]
+fn what_is_no_domain_is_refused() {
+    for text in ["", "<domain", "<network/>", "<domain><name>x</name></domain>", "\0", "<domain/>"] {
+        assert!(Domain::parse(text).is_err(), "{text:?}");
+    }
+}
+
+#[test]
+fn names_are_escaped() {
+    let disk = BackupDisk { target: "vda", scratch: "/run/a'b<c>&/vda.scratch" };
+    let expected = "<domainbackup mode='pull'><server transport='unix' socket='/run/s&apos;k'/><disks>\
+        <disk name='vda' backup='yes' type='file' backupmode='full' exportname='vda'><driver type='qcow2'/>\
+        <scratch file='/run/a&apos;b&lt;c&gt;&amp;/vda.scratch'><seclabel model='dac' relabel='no'/></scratch></disk>\
+        </disks></domainbackup>";
+    assert_eq!(backup_xml("/run/s'k", &[disk]), expected);
+    assert_eq!(backup_socket(expected).as_deref(), Some("/run/s'k"));
+}
+
+#[test]
+fn a_checkpoint_names_its_bitmap_in_each_disk() {
+    let expected = "<domaincheckpoint><name>virtmark-1</name><disks>\
+        <disk name='vda' checkpoint='bitmap' bitmap='virtmark-1'/>\
+        <disk name='vdc' checkpoint='bitmap' bitmap='virtmark-1'/></disks></domaincheckpoint>";
+    assert_eq!(checkpoint_xml("virtmark-1", &["vda", "vdc"], None), expected);
+    let redefined = checkpoint_xml("virtmark-1", &["vda"], Some(7));
+    assert!(redefined.contains("</name><creationTime>7</creationTime><disks>"), "{redefined}");
+}

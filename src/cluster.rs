@@ -4,12 +4,14 @@
 
 use std::fmt::Debug;
 
-use kube::api::PostParams;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
+use crate::api::{FINALIZER, OPERATOR};
 use crate::reason::Because;
 
 /// Replaces the status of `object`, which holds the new one.
@@ -67,4 +69,79 @@ impl Events {
             tracing::warn!(%error, reason = %because.reason, "an Event was not written");
         }
     }
+}
+
+/// Adds our finalizer, unless it is there.
+///
+/// # Errors
+/// A conflict when the object changed meanwhile, or whatever the API server says.
+pub async fn hold<K>(api: &Api<K>, object: &K) -> Result<K, kube::Error>
+where
+    K: Resource + Clone + Debug + Serialize + DeserializeOwned,
+{
+    if object.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
+        return Ok(object.clone());
+    }
+    let mut finalizers = object.finalizers().to_vec();
+    finalizers.push(FINALIZER.to_owned());
+    finalize(api, object, &finalizers).await
+}
+
+/// Removes our finalizer. An object that is gone is released.
+///
+/// # Errors
+/// A conflict when the object changed meanwhile, or whatever the API server says.
+pub async fn release<K>(api: &Api<K>, object: &K) -> Result<(), kube::Error>
+where
+    K: Resource + Clone + Debug + Serialize + DeserializeOwned,
+{
+    let left: Vec<_> = object.finalizers().iter().filter(|finalizer| *finalizer != FINALIZER).cloned().collect();
+    if left.len() == object.finalizers().len() {
+        return Ok(());
+    }
+    gone(finalize(api, object, &left).await.map(drop))
+}
+
+async fn finalize<K>(api: &Api<K>, object: &K, finalizers: &[String]) -> Result<K, kube::Error>
+where
+    K: Resource + Clone + Debug + Serialize + DeserializeOwned,
+{
+    // a merge patch at the resourceVersion that was read: a finalizer of somebody else is never lost
+    let metadata = json!({"finalizers": finalizers, "resourceVersion": object.resource_version()});
+    let params = PatchParams { field_manager: Some(OPERATOR.to_owned()), ..PatchParams::default() };
+    api.patch(&object.name_any(), &params, &Patch::Merge(json!({"metadata": metadata}))).await
+}
+
+/// Deletes the object of this name and uid. One that is gone is deleted.
+///
+/// # Errors
+/// Whatever else the API server says.
+pub async fn delete<K>(api: &Api<K>, name: &str, uid: Option<String>) -> Result<(), kube::Error>
+where
+    K: Resource + Clone + Debug + DeserializeOwned,
+{
+    let preconditions = uid.map(|uid| Preconditions { uid: Some(uid), resource_version: None });
+    gone(api.delete(name, &DeleteParams { preconditions, ..DeleteParams::default() }).await.map(drop))
+}
+
+fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
+    match result {
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        other => other,
+    }
+}
+
+/// A client for the API server that `kubeconfig` names, or the environment does, or the pod runs under.
+///
+/// # Errors
+/// When there is none.
+pub async fn connect(kubeconfig: Option<&std::path::Path>) -> anyhow::Result<Client> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let file = kube::config::Kubeconfig::read_from(path)?;
+            kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
+        }
+        None => kube::Config::infer().await?,
+    };
+    Ok(Client::try_from(config)?)
 }

@@ -1,8 +1,23 @@
 //! Virtmark: incremental, snapshot-less backup of running libvirt/QEMU virtual machines from Kubernetes.
+//!
+//! ```text
+//!  floor 4  assemblies   controller             agent
+//!  floor 3  ports        cluster clock telemetry    nbd::client  imageio::serve  libvirt
+//!  floor 2  decisions    controller::*::{resolve,desired,status}  agent::backup::{life,decide,status}
+//!                        imageio::{ticket,coverage,route}
+//!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml
+//!  floor 0  vocabulary   extent   reason
+//! ```
+//!
+//! A floor uses those below it, never one above: `tests/floors.rs` says who may import whom.
 
 #[cfg(feature = "agent")]
 pub mod agent;
 pub mod api;
+pub mod clock;
+pub mod cluster;
+pub mod controller;
 #[cfg(feature = "agent")]
 pub mod libvirt;
 pub mod reason;
+pub mod telemetry;

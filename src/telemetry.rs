@@ -28,3 +28,20 @@ pub fn install_crypto() {
     // an error means that it is installed already
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
+
+/// A token that SIGTERM and Ctrl-C cancel.
+///
+/// # Errors
+/// When the signal cannot be listened for.
+pub fn stop_on_signal() -> std::io::Result<tokio_util::sync::CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = tokio_util::sync::CancellationToken::new();
+    let told = stop.clone();
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = interrupt.recv() => {} }
+        tracing::info!("stopping");
+        told.cancel();
+    });
+    Ok(stop)
+}

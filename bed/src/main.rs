@@ -1,1 +1,130 @@
-fn main() {}
+//! `bed`: brings a bed up and takes it down. See the library.
+
+mod demo;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use virtmark_bed::{Bed, Options, controlplane, down, guest, hypervisor, registry};
+
+/// A private control plane and private hypervisors for Virtmark's demo and tests.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+    /// The repository, with crds/ and deploy/.
+    #[arg(long, global = true, default_value = ".")]
+    repository: PathBuf,
+    /// How many hypervisors.
+    #[arg(long, global = true, default_value_t = 1)]
+    hypervisors: usize,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Bring a bed up and leave it running.
+    Up,
+    /// Take down the beds that were left running.
+    Down,
+    /// Bring a bed up, run a command in it, take it down.
+    Run {
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Back up a running VM, and show it.
+    Demo,
+    /// Build what is kept in the cache.
+    Build {
+        /// The Debian guest too.
+        #[arg(long)]
+        guest: bool,
+    },
+    /// PID 1 of a hypervisor's namespaces; the bed calls it.
+    #[command(hide = true)]
+    HypervisorInit {
+        /// The hypervisor's folder.
+        dir: PathBuf,
+        /// Its name.
+        name: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<ExitCode> {
+    let options =
+        |keep| Options { hypervisors: arguments.hypervisors, repository: arguments.repository.clone(), keep };
+    match arguments.verb {
+        Verb::HypervisorInit { dir, name } => hypervisor::init(&dir, &name)?,
+        Verb::Build { guest: with_guest } => {
+            controlplane::binaries()?;
+            if with_guest {
+                guest::Image::get()?;
+            }
+        }
+        Verb::Up => {
+            let bed = Bed::up(&options(true))?;
+            println!("export KUBECONFIG={}", bed.plane.kubeconfig.display());
+            println!("export VIRTMARK_BED={}", bed.dir.display());
+            for hypervisor in &bed.hypervisors {
+                println!("# {}: virsh -c '{}'", hypervisor.name, hypervisor.uri());
+            }
+            println!(
+                "# next: define a VM there, then: kubectl get lvd -n vms; kubectl explain vmbackup.spec"
+            );
+            println!(
+                "# then: kubectl apply -n vms -f examples/vmbackup.yaml; take it all down with: make down"
+            );
+        }
+        Verb::Down => registry::kept()?.iter().for_each(|dir| down(dir)),
+        Verb::Run { command } => {
+            let bed = take_down_on_signal(&options(false))?;
+            let (program, rest) = command.split_first().context("no command")?;
+            let status = Command::new(program)
+                .args(rest)
+                .env("VIRTMARK_BED", &bed.dir)
+                .env("KUBECONFIG", &bed.plane.kubeconfig)
+                .status();
+            bed.down();
+            let code = status.with_context(|| format!("{program} cannot be run"))?.code();
+            return Ok(code
+                .and_then(|code| u8::try_from(code).ok())
+                .map_or(ExitCode::FAILURE, ExitCode::from));
+        }
+        Verb::Demo => {
+            let bed = take_down_on_signal(&options(false))?;
+            let shown = demo::run(&bed, &arguments.repository);
+            if shown.is_err() {
+                eprintln!("--- the last lines of operator and agent ---");
+                let logs = bed.logs();
+                let tail: Vec<_> = logs.lines().rev().take(40).collect();
+                tail.iter().rev().for_each(|line| eprintln!("{line}"));
+            }
+            bed.down();
+            shown?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A bed that Ctrl-C and SIGTERM take down.
+fn take_down_on_signal(options: &Options) -> Result<Bed> {
+    ctrlc::set_handler(|| {
+        eprintln!("taking the bed down");
+        let own = registry::mine().unwrap_or_default();
+        own.iter().for_each(|dir| down(dir));
+        std::process::exit(130);
+    })?;
+    Bed::up(options)
+}

@@ -54,8 +54,10 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
     tracing::info!(checkpoint = checkpoint.name_any(), vm = checkpoint.spec.vm, "{because}");
     let new = status(&checkpoint, &old, removed.is_ok(), &because);
     if new != old {
-        let api =
-            Api::<VmCheckpoint>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
+        let api = Api::<VmCheckpoint>::namespaced(
+            context.client.clone(),
+            &checkpoint.namespace().unwrap_or_default(),
+        );
         let mut object = (*checkpoint).clone();
         object.metadata.managed_fields = None;
         object.status = Some(new);
@@ -71,7 +73,8 @@ fn status(
     because: &Because,
 ) -> VmCheckpointStatus {
     let generation = checkpoint.metadata.generation;
-    let mut new = VmCheckpointStatus { phase: Phase::Finalizing, observed_generation: generation, ..old.clone() };
+    let mut new =
+        VmCheckpointStatus { phase: Phase::Finalizing, observed_generation: generation, ..old.clone() };
     let failed = |target: &str| CheckpointDiskStatus { target: target.to_owned(), message: because.shown() };
     new.disks = match clean {
         true => Vec::new(),

@@ -110,10 +110,12 @@ impl Context {
 
     /// The coverage of a disk: what was stored of it, or nothing served yet.
     pub fn coverage(&self, live: &Live, record: &Record, disk: &str) -> SharedCoverage {
-        let size = record.disks.iter().find(|planned| planned.target == disk).map_or(0, |planned| planned.size);
+        let size =
+            record.disks.iter().find(|planned| planned.target == disk).map_or(0, |planned| planned.size);
         live.coverage(disk, || {
             let stored = self.host.state.coverage(&record.uid, disk);
-            let kept = stored.and_then(|bytes| Coverage::decode(&bytes).ok()).filter(|kept| kept.size() == size);
+            let kept =
+                stored.and_then(|bytes| Coverage::decode(&bytes).ok()).filter(|kept| kept.size() == size);
             SharedCoverage::new(kept.unwrap_or_else(|| Coverage::new(size)))
         })
     }

@@ -56,7 +56,8 @@ impl Inventory {
             .filter_map(|listed| sighting(&context.node, listed))
             .map(|spec| (spec.uuid.clone(), spec))
             .collect();
-        let gone: Vec<String> = self.written.keys().filter(|uuid| !seen.contains_key(*uuid)).cloned().collect();
+        let gone: Vec<String> =
+            self.written.keys().filter(|uuid| !seen.contains_key(*uuid)).cloned().collect();
         for uuid in gone {
             let name = sighting_name(&context.node, &uuid);
             match self.api.delete(&name, &DeleteParams::default()).await {

@@ -211,8 +211,13 @@ async fn keep(context: &Context, doubt: bool) {
     }
 }
 
-fn report<K>(kind: &str, result: Result<(kube::runtime::reflector::ObjectRef<K>, Requeue), ControllerError<AgentError, watcher::Error>>)
-where
+fn report<K>(
+    kind: &str,
+    result: Result<
+        (kube::runtime::reflector::ObjectRef<K>, Requeue),
+        ControllerError<AgentError, watcher::Error>,
+    >,
+) where
     K: kube::Resource,
 {
     match result {
@@ -221,7 +226,11 @@ where
     }
 }
 
-fn on_error<K: kube::Resource<DynamicType = ()>>(object: Arc<K>, error: &AgentError, _: Arc<Context>) -> Requeue {
+fn on_error<K: kube::Resource<DynamicType = ()>>(
+    object: Arc<K>,
+    error: &AgentError,
+    _: Arc<Context>,
+) -> Requeue {
     if error.is_conflict() {
         return Requeue::requeue(Duration::from_millis(20));
     }

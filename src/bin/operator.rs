@@ -1,1 +1,12 @@
-fn main() {}
+//! The operator's executable.
+
+use clap::Parser as _;
+use virtmark::{controller, telemetry};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let config = controller::config::Config::parse();
+    telemetry::init(config.log_format);
+    telemetry::install_crypto();
+    controller::run(config, telemetry::stop_on_signal()?).await
+}

@@ -53,7 +53,9 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         return Ok(Requeue::await_change());
     };
     let clean = conditions::is_true(&old.conditions, conditions::HOST_CLEAN);
-    let Some(backup_uid) = old.backup_uid.clone().filter(|_| !clean) else { return Ok(Requeue::await_change()) };
+    let Some(backup_uid) = old.backup_uid.clone().filter(|_| !clean) else {
+        return Ok(Requeue::await_change());
+    };
     if old.node_name.as_deref() != Some(&context.node) {
         return Ok(Requeue::await_change());
     }
@@ -70,16 +72,21 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         };
     };
     let record = live.record.lock().await;
-    let wish = if transfer.meta().deletion_timestamp.is_some() { DesiredState::Cancelled } else { transfer.spec.state };
+    let wish = if transfer.meta().deletion_timestamp.is_some() {
+        DesiredState::Cancelled
+    } else {
+        transfer.spec.state
+    };
     let standing = match (&record.life.outcome, wish) {
         (Some(outcome), _) => after(outcome),
         (None, DesiredState::Cancelled) => {
             Standing::Ended(Phase::Cancelled, Because::new(Reason::Cancelled, "the user cancelled it"))
         }
         (None, _) if !record.life.is_serving() => Standing::Waiting,
-        (None, DesiredState::Finalized) => {
-            Standing::Ended(Phase::Succeeded, Because::new(Reason::Finalized, "the client says that it is done"))
-        }
+        (None, DesiredState::Finalized) => Standing::Ended(
+            Phase::Succeeded,
+            Because::new(Reason::Finalized, "the client says that it is done"),
+        ),
         (None, DesiredState::Running) => open(&transfer, &uid, &live, &record, &context).await?,
     };
     let ends = matches!(standing, Standing::Ended(..));
@@ -127,7 +134,10 @@ async fn ended_elsewhere(
 ) -> Result<Option<Standing>, AgentError> {
     let namespace = transfer.namespace().unwrap_or_default();
     let api = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
-    let backup = api.get_opt(&transfer.spec.backup).await?.filter(|backup| backup.uid().as_deref() == Some(backup_uid));
+    let backup = api
+        .get_opt(&transfer.spec.backup)
+        .await?
+        .filter(|backup| backup.uid().as_deref() == Some(backup_uid));
     let Some(backup) = backup else {
         let because = Because::new(Reason::TransferFailed, "the backup is gone");
         return Ok(Some(Standing::Ended(Phase::Failed, because)));
@@ -195,7 +205,8 @@ async fn open(
     loop {
         // stored first: a Secret of this number that is there already is then known to be ours
         context.host.state.store_ticket(&record.uid, uid, &ticket)?;
-        let created = cluster::create(&api, &secret(transfer, uid, &ticket, record, context), api::AGENT).await?;
+        let created =
+            cluster::create(&api, &secret(transfer, uid, &ticket, record, context), api::AGENT).await?;
         if created || !is_new {
             break;
         }
@@ -211,7 +222,13 @@ fn secret_name(uid: &str, number: u32) -> String {
 }
 
 /// The Secret that a client reads. Owned by the transfer, so that it goes with it.
-fn secret(transfer: &ImageTransfer, uid: &str, ticket: &StoredTicket, record: &Record, context: &Context) -> Secret {
+fn secret(
+    transfer: &ImageTransfer,
+    uid: &str,
+    ticket: &StoredTicket,
+    record: &Record,
+    context: &Context,
+) -> Secret {
     let text = |text: String| ByteString(text.into_bytes());
     let mut owner = transfer.owner_ref(&()).unwrap_or_default();
     owner.block_owner_deletion = None;
@@ -299,13 +316,17 @@ async fn write(
     // the reflector's copy is as old as our last write at most; progress alone is told by the timer's pace
     let since = if new.phase == old.phase { PROGRESS_SECONDS } else { 0 };
     if status::is_worth_writing(old, &new, since) {
-        let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
+        let api = Api::<ImageTransfer>::namespaced(
+            context.client.clone(),
+            &transfer.namespace().unwrap_or_default(),
+        );
         let mut object = transfer.clone();
         object.metadata.managed_fields = None;
         object.status = Some(new.clone());
         cluster::replace_status(&api, &object, api::AGENT).await?;
         if new.phase != old.phase {
-            let (backup, uid) = (new.backup_uid.clone().unwrap_or_default(), transfer.uid().unwrap_or_default());
+            let (backup, uid) =
+                (new.backup_uid.clone().unwrap_or_default(), transfer.uid().unwrap_or_default());
             tracing::info!(backup, transfer = uid, disk = transfer.spec.disk, phase = ?new.phase, "transfer");
         }
     }

@@ -174,7 +174,10 @@ mod tests {
         assert!(!is_worth_writing(&first, &at(250), 4), "too soon");
         assert!(is_worth_writing(&first, &at(250), 5));
         assert!(!is_worth_writing(&first, &at(9), 5), "under 1 %");
-        let done = status(&first, &observed(Standing::Ended(Phase::Succeeded, Because::new(Reason::Finalized, "")), 9, 2));
+        let done = status(
+            &first,
+            &observed(Standing::Ended(Phase::Succeeded, Because::new(Reason::Finalized, "")), 9, 2),
+        );
         assert!(is_worth_writing(&first, &done, 0), "an end is told at once");
     }
 }

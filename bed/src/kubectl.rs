@@ -1,0 +1,70 @@
+//! kubectl, as a person would type it.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+/// kubectl with one kubeconfig.
+#[derive(Clone, Debug)]
+pub struct Kubectl {
+    kubeconfig: PathBuf,
+}
+
+impl Kubectl {
+    /// kubectl with this kubeconfig.
+    pub fn new(kubeconfig: &Path) -> Self {
+        Self { kubeconfig: kubeconfig.to_owned() }
+    }
+
+    /// Runs it, and answers what it printed.
+    ///
+    /// # Errors
+    /// When it fails: with what it printed to standard error.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        self.run_with(arguments, "")
+    }
+
+    /// Runs it with `input` on its standard input.
+    ///
+    /// # Errors
+    /// When it fails: with what it printed to standard error.
+    pub fn run_with(&self, arguments: &[&str], input: &str) -> Result<String> {
+        let mut child = Command::new("kubectl")
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("kubectl cannot be run")?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(input.as_bytes())?;
+        }
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!("kubectl {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Applies YAML or JSON.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn apply(&self, manifest: &str) -> Result<String> {
+        self.run_with(&["apply", "-f", "-"], manifest)
+    }
+
+    /// One object, or a list, as JSON.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let mut with_output = arguments.to_vec();
+        with_output.extend(["-o", "json"]);
+        serde_json::from_str(&self.run(&with_output)?).context("kubectl printed no JSON")
+    }
+}

@@ -1,0 +1,295 @@
+//! Virtual machines on a hypervisor. Most have no operating system: their disks are written through the
+//! device by QEMU's `qemu-io` monitor command, which is fast and exact.
+//!
+//! Beside each disk lies its *mirror*, a sparse raw file that gets every write too: what the guest's disk
+//! must hold, byte for byte, whatever anybody computes.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::hypervisor::{Hypervisor, random_uuid};
+use crate::wait::wait_until;
+
+/// A disk to make.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    target: String,
+    format: &'static str,
+    size: u64,
+    backing: Option<PathBuf>,
+    extra: &'static str,
+}
+
+impl Disk {
+    /// A qcow2 disk of `size` bytes at `target` (`vda`).
+    pub fn qcow2(target: &str, size: u64) -> Self {
+        Self { target: target.to_owned(), format: "qcow2", size, backing: None, extra: "" }
+    }
+
+    /// A raw, sparse disk of `size` bytes at `target`.
+    pub fn raw(target: &str, size: u64) -> Self {
+        Self { format: "raw", ..Self::qcow2(target, size) }
+    }
+
+    /// With more elements in its `<disk>`: `<shareable/>`, say.
+    #[must_use]
+    pub fn with(self, extra: &'static str) -> Self {
+        Self { extra, ..self }
+    }
+
+    /// Over a raw image that is not written.
+    #[must_use]
+    pub fn over(self, backing: &Path) -> Self {
+        Self { backing: Some(backing.to_owned()), ..self }
+    }
+}
+
+/// A VM to define.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    name: String,
+    disks: Vec<Disk>,
+    memory_mib: u32,
+    os: String,
+    devices: String,
+}
+
+impl Plan {
+    /// A VM without an operating system.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            disks: Vec::new(),
+            memory_mib: 64,
+            os: String::new(),
+            devices: String::new(),
+        }
+    }
+
+    /// With a disk.
+    #[must_use]
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// With an operating system: more in `<os>`, more in `<devices>`, and memory for it.
+    #[must_use]
+    pub fn booting(self, os: &str, devices: &str, memory_mib: u32) -> Self {
+        Self { os: os.to_owned(), devices: devices.to_owned(), memory_mib, ..self }
+    }
+
+    /// Makes its disks, and defines it on `hypervisor`; it is off.
+    ///
+    /// # Errors
+    /// When qemu-img or libvirt says no.
+    pub fn define(self, hypervisor: &Hypervisor) -> Result<Vm> {
+        let dir = hypervisor.dir.join("vm").join(&self.name);
+        fs::create_dir_all(&dir)?;
+        let vm = Vm { name: self.name, uuid: random_uuid(), dir, hypervisor: hypervisor.clone() };
+        let mut disks = String::new();
+        for disk in &self.disks {
+            let image = vm.image(&disk.target);
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", disk.format]);
+            if let Some(backing) = &disk.backing {
+                create.args(["-F", "raw", "-b"]).arg(backing);
+            }
+            run(create.arg(&image).arg(disk.size.to_string()))?;
+            fs::set_permissions(&image, fs::Permissions::from_mode(0o666))?;
+            File::create(vm.mirror(&disk.target))?.set_len(disk.size)?;
+            disks += &format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
+                 <target dev='{}' bus='virtio'/><alias name='ua-{2}'/>{}</disk>",
+                disk.format,
+                image.display(),
+                disk.target,
+                disk.extra
+            );
+        }
+        let xml = format!(
+            "<domain type='qemu'><name>{}</name><uuid>{}</uuid><memory unit='MiB'>{}</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='pc'>hvm</type>{}</os><features><acpi/></features><devices>\
+             <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}{}</devices></domain>",
+            vm.name, vm.uuid, self.memory_mib, self.os, self.devices
+        );
+        let file = vm.dir.join("domain.xml");
+        fs::write(&file, xml)?;
+        vm.hypervisor.virsh(&["define", &file.to_string_lossy()])?;
+        Ok(vm)
+    }
+
+    /// Defines it and starts it.
+    ///
+    /// # Errors
+    /// When qemu-img or libvirt says no.
+    pub fn start(self, hypervisor: &Hypervisor) -> Result<Vm> {
+        let vm = self.define(hypervisor)?;
+        vm.start()?;
+        Ok(vm)
+    }
+}
+
+/// A VM. Dropping it destroys it and removes its disks.
+#[derive(Debug)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// Its uuid.
+    pub uuid: String,
+    dir: PathBuf,
+    hypervisor: Hypervisor,
+}
+
+impl Vm {
+    /// Its hypervisor.
+    pub fn hypervisor(&self) -> &Hypervisor {
+        &self.hypervisor
+    }
+
+    /// The image of a disk.
+    pub fn image(&self, target: &str) -> PathBuf {
+        self.dir.join(format!("{target}.img"))
+    }
+
+    /// What the disk must hold, as a raw file.
+    pub fn mirror(&self, target: &str) -> PathBuf {
+        self.dir.join(format!("{target}.mirror"))
+    }
+
+    /// A copy of the mirror as it is now, to compare with later.
+    ///
+    /// # Errors
+    /// When it cannot be copied.
+    pub fn remember(&self, target: &str) -> Result<PathBuf> {
+        let copy = self.dir.join(format!("{target}.remembered"));
+        run(Command::new("cp").arg("--sparse=always").arg(self.mirror(target)).arg(&copy))?;
+        Ok(copy)
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn start(&self) -> Result<()> {
+        self.hypervisor.virsh(&["start", &self.name]).map(drop)
+    }
+
+    /// Pulls its plug.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn destroy(&self) -> Result<()> {
+        self.hypervisor.virsh(&["destroy", &self.name]).map(drop)
+    }
+
+    /// Writes `length` bytes of `pattern` at `offset`, through the device.
+    ///
+    /// # Errors
+    /// When the guest's write would have failed.
+    pub fn write(&self, target: &str, offset: u64, length: u64, pattern: u8) -> Result<()> {
+        self.qemu_io(
+            target,
+            &format!("write -P {pattern:#x} {offset} {length}"),
+            &format!("wrote {length}/{length}"),
+        )?;
+        let mirror = OpenOptions::new().write(true).open(self.mirror(target))?;
+        let block = vec![pattern; usize::try_from(length.min(1 << 20))?];
+        let mut done = 0;
+        while done < length {
+            let part = usize::try_from((length - done).min(1 << 20))?;
+            mirror.write_all_at(&block[..part], offset + done)?;
+            done += u64::try_from(part)?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes `length` bytes at `offset`, through the device.
+    ///
+    /// # Errors
+    /// When the guest's write would have failed.
+    pub fn zero(&self, target: &str, offset: u64, length: u64) -> Result<()> {
+        self.qemu_io(target, &format!("write -z {offset} {length}"), &format!("wrote {length}/{length}"))?;
+        let mirror = OpenOptions::new().write(true).open(self.mirror(target))?;
+        let block = vec![0; usize::try_from(length)?];
+        Ok(mirror.write_all_at(&block, offset)?)
+    }
+
+    /// qemu-io answers nothing on the monitor: its words are in the domain's QEMU log.
+    fn qemu_io(&self, target: &str, command: &str, expected: &str) -> Result<()> {
+        let log = self.hypervisor.qemu_log(&self.name);
+        let before = fs::metadata(&log).map_or(0, |log| log.len());
+        let device = format!("/machine/peripheral/ua-{target}/virtio-backend");
+        let line = format!("qemu-io -d {device} \"{command}\"");
+        let said = self.hypervisor.virsh(&["qemu-monitor-command", &self.name, "--hmp", &line])?;
+        if said.contains("Error") {
+            bail!("{line}: {said}");
+        }
+        wait_until(Duration::from_secs(20), "qemu-io's answer in the QEMU log", || {
+            let text = fs::read(&log).context("the QEMU log cannot be read")?;
+            let new = String::from_utf8_lossy(text.get(usize::try_from(before)?..).unwrap_or_default())
+                .into_owned();
+            if new.contains("error") || new.contains("failed") {
+                bail!("{line}: {new}");
+            }
+            Ok(new.contains(expected).then_some(()))
+        })
+    }
+
+    /// Names of the persistent and active dirty bitmaps that QEMU has on a running VM's disks.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn live_bitmaps(&self) -> Result<Vec<String>> {
+        let query = "{\"execute\":\"query-named-block-nodes\"}";
+        let said = self.hypervisor.virsh(&["qemu-monitor-command", &self.name, query])?;
+        let said: serde_json::Value = serde_json::from_str(&said)?;
+        let nodes = said["return"].as_array().cloned().unwrap_or_default();
+        let bitmaps = nodes.iter().filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
+        let mut names: Vec<_> =
+            bitmaps.filter_map(|bitmap| bitmap["name"].as_str()).map(str::to_owned).collect();
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
+    /// The state that libvirt gives.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn state(&self) -> Result<String> {
+        Ok(self.hypervisor.virsh(&["domstate", &self.name])?.trim().to_owned())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // each may have been done already: what counts is that nothing is left
+        let _ = self.destroy();
+        let _ = self.hypervisor.virsh(&["undefine", &self.name, "--checkpoints-metadata", "--nvram"]);
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Whether two images hold the same bytes (`qemu-img compare`, which reads every format).
+///
+/// # Errors
+/// When they differ: with the offset.
+pub fn compare(raw: &Path, other: &Path, other_format: &str) -> Result<()> {
+    run(Command::new("qemu-img").args(["compare", "-q", "-f", "raw", "-F", other_format]).arg(raw).arg(other))
+        .with_context(|| format!("{} differs from {}", other.display(), raw.display()))
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output()?;
+    if !output.status.success() {
+        let said = [output.stdout, output.stderr].concat();
+        bail!("{:?} failed: {}", command.get_program(), String::from_utf8_lossy(&said).trim());
+    }
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! The objects that a backup needs, as values: its VmCheckpoint and its ImageTransfers.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::ObjectMeta;
+use kube::{Resource as _, ResourceExt as _};
+
+use super::resolve::Binding;
+use crate::api::{
+    self, CheckpointDisk, DesiredState, Direction, ImageTransfer, ImageTransferSpec, Protocol, TransferFormat,
+    VmBackup, VmCheckpoint, VmCheckpointSpec, conditions,
+};
+
+/// The name of the checkpoint of a backup: its name, and the start of its uid, for a name can be used again.
+pub fn checkpoint_name(backup: &VmBackup) -> String {
+    let uid = backup.uid().unwrap_or_default();
+    format!("{}-{}", backup.name_any(), uid.chars().take(8).collect::<String>())
+}
+
+/// The checkpoint to be made with a backup; `None` when only raw disks are in it.
+pub fn checkpoint(backup: &VmBackup, binding: &Binding, cluster: &str, now: Timestamp) -> Option<VmCheckpoint> {
+    if binding.in_checkpoint.is_empty() {
+        return None;
+    }
+    let disks = binding.in_checkpoint.iter().map(|disk| CheckpointDisk {
+        target: disk.target.clone(),
+        serial: disk.serial.clone(),
+        size: disk.size.unwrap_or_default(),
+        format: disk.format.clone(),
+    });
+    let spec = VmCheckpointSpec {
+        vm: backup.spec.vm.clone(),
+        vm_uuid: binding.vm_uuid.clone(),
+        bitmap: format!("virtmark-{cluster}-{}", backup.uid().unwrap_or_default()),
+        creation_time: Time(conditions::whole_seconds(now)),
+        disks: disks.collect(),
+    };
+    let metadata = metadata(backup, checkpoint_name(backup), None);
+    Some(VmCheckpoint { metadata, spec, status: None })
+}
+
+/// The transfers of a bound backup, one a disk.
+pub fn transfers(backup: &VmBackup) -> Vec<ImageTransfer> {
+    let disks = backup.status.as_ref().map(|status| status.disks.as_slice()).unwrap_or_default();
+    let owner = backup.owner_ref(&()).map(|owner| OwnerReference { block_owner_deletion: None, ..owner });
+    let one = |disk: &str| ImageTransfer {
+        metadata: metadata(backup, format!("{}-{disk}", backup.name_any()), owner.clone()),
+        spec: ImageTransferSpec {
+            backup: backup.name_any(),
+            disk: disk.to_owned(),
+            direction: Direction::Download,
+            format: TransferFormat::Raw,
+            protocol: Protocol::Imageio,
+            state: DesiredState::Running,
+        },
+        status: None,
+    };
+    disks.iter().map(|disk| one(&disk.name)).collect()
+}
+
+fn metadata(backup: &VmBackup, name: String, owner: Option<OwnerReference>) -> ObjectMeta {
+    let uid = (api::LABEL_BACKUP.to_owned(), backup.uid().unwrap_or_default());
+    let owner_label = backup.labels().get_key_value(api::LABEL_OWNER);
+    let labels = owner_label.map(|(key, value)| (key.clone(), value.clone())).into_iter().chain([uid]);
+    ObjectMeta {
+        name: Some(name),
+        namespace: backup.namespace(),
+        labels: Some(labels.collect::<BTreeMap<_, _>>()),
+        owner_references: owner.map(|owner| vec![owner]),
+        finalizers: Some(vec![api::FINALIZER.to_owned()]),
+        ..ObjectMeta::default()
+    }
+}

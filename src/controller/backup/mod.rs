@@ -1,0 +1,300 @@
+//! VmBackups: gather, resolve, desired, apply, status. The operator's part of their life.
+
+pub mod desired;
+pub mod resolve;
+pub mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::api::ListParams;
+use kube::runtime::controller::Action as Requeue;
+use kube::{Api, Resource as _, ResourceExt as _};
+
+use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
+use super::context::{Parting, is_host_clean, parting};
+use super::{Context, OperatorError, checkpoint};
+use crate::api::{
+    self, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup, VmBackupStatus, VmCheckpoint,
+};
+use crate::clock;
+use crate::cluster;
+use crate::reason::{Because, Reason};
+
+/// How long after a deadline the agent is given to end the backup itself.
+const GRACE: SignedDuration = SignedDuration::from_secs(60);
+
+/// How soon to look again although nothing was heard.
+const SAFETY_NET: Duration = Duration::from_secs(60);
+
+/// Brings one backup as far as the operator can.
+///
+/// # Errors
+/// What the API server says; the caller tries again.
+pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<Requeue, OperatorError> {
+    let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
+    let old = backup.status.clone().unwrap_or_default();
+    let requeue = if backup.metadata.deletion_timestamp.is_some() {
+        part(&backup, &old, &context).await?
+    } else if old.phase.is_terminal() {
+        finish(&backup, &old, &context).await?
+    } else if old.node_name.is_some() {
+        accompany(&backup, &old, &context).await?
+    } else {
+        start(&backup, &old, &context).await?
+    };
+    context.wake_transfers(&namespace, &name);
+    context.failures.clear(&*backup);
+    Ok(requeue)
+}
+
+fn api(backup: &VmBackup, context: &Context) -> Api<VmBackup> {
+    Api::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default())
+}
+
+/// Not bound yet: through the checklist, and bind it.
+async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Result<Requeue, OperatorError> {
+    let api = api(seen, context);
+    let namespace = seen.namespace().unwrap_or_default();
+    let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
+    let domain = domains.get_opt(&seen.spec.vm).await?;
+    let node = domain.as_ref().and_then(|domain| domain.status.as_ref()?.node_name.clone());
+    let node = match node {
+        Some(node) => context.node_health(&node).await?,
+        None => NodeHealth::Gone,
+    };
+
+    // from the look at the others until the bind, nobody else binds
+    let _guard = context.binding.lock().await;
+    let of_vm = ListParams::default().fields(&format!("spec.vm={}", seen.spec.vm));
+    let others = api.list(&of_vm).await?.items;
+    let Some(backup) = others.iter().find(|other| other.uid() == seen.uid()).cloned() else {
+        return Ok(Requeue::await_change());
+    };
+    if backup.resource_version() != seen.resource_version() {
+        // the store is behind; the newer one is on its way here
+        return Ok(Requeue::requeue(Duration::from_millis(20)));
+    }
+    let now = clock::now();
+    let facts = Facts { domain: domain.as_ref(), others: &others, node, now };
+    let generation = backup.metadata.generation;
+    match resolve(&backup, &facts) {
+        Verdict::Bind(binding) => {
+            bind(&api, &backup, old, &binding, context).await?;
+            Ok(Requeue::requeue(SAFETY_NET))
+        }
+        Verdict::Wait(because) => {
+            let new = status::waiting(old, &because, generation, now);
+            write(&api, &backup, old, new, &because, true, context).await?;
+            let due = resolve::start_deadline(&backup, now);
+            Ok(Requeue::requeue(until(due, now).min(SAFETY_NET)))
+        }
+        Verdict::Fail(because) => {
+            let new = status::failed(old, &because, true, generation, now);
+            write(&api, &backup, old, new, &because, true, context).await?;
+            Ok(Requeue::await_change())
+        }
+    }
+}
+
+/// Finalizer, checkpoint, bind: in this order, so that whoever sees the bind finds the rest.
+async fn bind(
+    api: &Api<VmBackup>,
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    binding: &Binding,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    let held = cluster::hold(api, backup).await?;
+    let now = clock::now();
+    let checkpoint = desired::checkpoint(&held, binding, &context.cluster, now);
+    if let Some(checkpoint) = &checkpoint {
+        let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &held.namespace().unwrap_or_default());
+        cluster::create(&checkpoints, checkpoint, api::OPERATOR).await?;
+    }
+    let named = checkpoint.map(|checkpoint| checkpoint.name_any());
+    let new = status::bound(old, binding, named, held.metadata.generation, now);
+    let mut object = held.clone();
+    object.metadata.managed_fields = None;
+    object.status = Some(new);
+    let bound = cluster::replace_status(api, &object, api::OPERATOR).await?;
+    tracing::info!(backup = bound.uid(), vm = bound.spec.vm, node = binding.node, "bound");
+    make_transfers(&bound, context).await
+}
+
+async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<(), OperatorError> {
+    if backup.spec.transfers != TransferPolicy::Auto {
+        return Ok(());
+    }
+    let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
+    for transfer in desired::transfers(backup) {
+        let name = transfer.name_any();
+        if context.transfers.get(&kube::runtime::reflector::ObjectRef::from_obj(&transfer)).is_some_and(|known| {
+            known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref()
+        }) || cluster::create(&api, &transfer, api::OPERATOR).await?
+        {
+            continue;
+        }
+        let known = api.get_opt(&name).await?;
+        if known.is_some_and(|known| known.labels().get(api::LABEL_BACKUP) != backup.uid().as_ref()) {
+            let message = format!("ImageTransfer {name} is there already and is another backup's: delete it");
+            tracing::warn!(backup = backup.uid(), "{message}");
+            context.events.tell(backup, true, "Transfer", &Because::new(Reason::TransferFailed, message)).await;
+        }
+    }
+    Ok(())
+}
+
+/// Bound: its agent works. Make what it needs, and step in only when the agent cannot.
+async fn accompany(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Result<Requeue, OperatorError> {
+    make_transfers(backup, context).await?;
+    let now = clock::now();
+    let node = context.node_health(old.node_name.as_deref().unwrap_or_default()).await?;
+    let Some(because) = given_up(backup, old, node, now) else { return Ok(Requeue::requeue(SAFETY_NET)) };
+    let new = status::failed(old, &because, false, backup.metadata.generation, now);
+    write(&api(backup, context), backup, old, new, &because, true, context).await?;
+    Ok(Requeue::requeue(Duration::ZERO))
+}
+
+/// Why a bound backup is ended without its agent. Pure.
+fn given_up(backup: &VmBackup, status: &VmBackupStatus, node: NodeHealth, now: Timestamp) -> Option<Because> {
+    let name = status.node_name.as_deref().unwrap_or_default();
+    if node == NodeHealth::Gone {
+        return Some(Because::new(Reason::NodeLost, format!("node {name} is gone")));
+    }
+    let silent = |what: &str| format!("not {what} in time, and the agent of node {name} does not answer");
+    let late = |due: Timestamp| due.checked_add(GRACE).is_ok_and(|due| now >= due);
+    match &status.ready_time {
+        None if late(resolve::start_deadline(backup, now)) => {
+            Some(Because::new(Reason::StartDeadlineExceeded, silent("Ready")))
+        }
+        Some(ready) => {
+            let bound = SignedDuration::from_secs(backup.spec.ready_deadline_seconds.into());
+            let due = ready.0.checked_add(bound).unwrap_or(Timestamp::MAX);
+            late(due).then(|| Because::new(Reason::ReadyDeadlineExceeded, silent("finalized")))
+        }
+        None => None,
+    }
+}
+
+/// Ended: what hangs on it is settled, and it goes when its time has come.
+async fn finish(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Result<Requeue, OperatorError> {
+    let namespace = backup.namespace().unwrap_or_default();
+    settle(backup, old, false, context).await?;
+    context.wake_vm(&namespace, &backup.spec.vm);
+    let now = clock::now();
+    let (Some(ttl), Some(ended)) = (backup.spec.ttl_seconds_after_finished, &old.completion_time) else {
+        return Ok(Requeue::await_change());
+    };
+    let due = ended.0.checked_add(SignedDuration::from_secs(ttl.into())).unwrap_or(Timestamp::MAX);
+    if now < due {
+        return Ok(Requeue::requeue(until(due, now)));
+    }
+    tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "deleted after ttlSecondsAfterFinished");
+    cluster::delete(&api(backup, context), &backup.name_any(), backup.uid()).await?;
+    Ok(Requeue::await_change())
+}
+
+/// Makes the checkpoint a base, or removes it; tells the inventory. `abandoned`: nobody will clean the host.
+async fn settle(
+    backup: &VmBackup,
+    status: &VmBackupStatus,
+    abandoned: bool,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    let namespace = backup.namespace().unwrap_or_default();
+    if status.phase == Phase::Succeeded {
+        let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
+        if let Some(mut domain) = domains.get_opt(&backup.spec.vm).await?
+            && Some(&domain.spec.uuid) == status.vm_uuid.as_ref()
+        {
+            let mut new = domain.status.clone().unwrap_or_default();
+            if new.last_backup_time.as_ref().map(|time| time.0) < status.ready_time.as_ref().map(|time| time.0) {
+                new.last_backup = Some(backup.name_any());
+                new.last_backup_time.clone_from(&status.ready_time);
+                domain.status = Some(new);
+                domain.metadata.managed_fields = None;
+                cluster::replace_status(&domains, &domain, api::OPERATOR).await?;
+            }
+        }
+    }
+    let Some(name) = &status.to_checkpoint else { return Ok(()) };
+    let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
+    let Some(found) = checkpoints.get_opt(name).await? else { return Ok(()) };
+    if status.phase == Phase::Succeeded {
+        return checkpoint::make_usable(&checkpoints, &found, clock::now()).await;
+    }
+    if checkpoint::is_usable(&found) || !(is_host_clean(&status.conditions) || abandoned) {
+        return Ok(());
+    }
+    if found.meta().deletion_timestamp.is_none() {
+        cluster::delete(&checkpoints, name, found.uid()).await?;
+    }
+    if let Some(found) = checkpoints.get_opt(name).await? {
+        cluster::release(&checkpoints, &found).await?;
+    }
+    Ok(())
+}
+
+/// Being deleted: its host first, then what hangs on it, then its finalizer.
+async fn part(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Result<Requeue, OperatorError> {
+    let namespace = backup.namespace().unwrap_or_default();
+    let node = match &old.node_name {
+        Some(node) => context.node_health(node).await?,
+        None => NodeHealth::Up,
+    };
+    let deleted = backup.metadata.deletion_timestamp.as_ref().map(|time| time.0);
+    let parting = parting(old.node_name.is_some(), is_host_clean(&old.conditions), node, deleted, clock::now());
+    match parting {
+        Parting::Wait => return Ok(Requeue::requeue(Duration::from_secs(5))),
+        Parting::Abandon => {
+            let node = old.node_name.as_deref().unwrap_or_default();
+            let message = format!(
+                "the agent of node {node} did not clean up: a backup job, scratch images and the bitmap of \
+                 checkpoint {} may be left there",
+                old.to_checkpoint.as_deref().unwrap_or("(none)")
+            );
+            tracing::warn!(backup = backup.uid(), vm = backup.spec.vm, "{message}");
+            context.events.tell(backup, true, "Delete", &Because::new(Reason::HostCleanupAbandoned, message)).await;
+        }
+        Parting::Clean => {}
+    }
+    let transfers = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
+    let uid = backup.uid().unwrap_or_default();
+    for transfer in transfers.list(&ListParams::default().labels(&format!("{}={uid}", api::LABEL_BACKUP))).await? {
+        if transfer.meta().deletion_timestamp.is_none() {
+            cluster::delete(&transfers, &transfer.name_any(), transfer.uid()).await?;
+        }
+    }
+    settle(backup, old, parting == Parting::Abandon, context).await?;
+    cluster::release(&api(backup, context), backup).await?;
+    context.wake_vm(&namespace, &backup.spec.vm);
+    Ok(Requeue::await_change())
+}
+
+async fn write(
+    api: &Api<VmBackup>,
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    new: VmBackupStatus,
+    because: &Because,
+    warning: bool,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    if new == *old {
+        return Ok(());
+    }
+    let mut object = backup.clone();
+    object.metadata.managed_fields = None;
+    object.status = Some(new);
+    cluster::replace_status(api, &object, api::OPERATOR).await?;
+    tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "{because}");
+    context.events.tell(backup, warning, "Validate", because).await;
+    Ok(())
+}
+
+fn until(due: Timestamp, now: Timestamp) -> Duration {
+    let milliseconds = due.as_millisecond().saturating_sub(now.as_millisecond()).max(10);
+    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(10))
+}

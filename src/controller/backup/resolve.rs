@@ -1,0 +1,177 @@
+//! Why can't this backup start? The checklist, in order, as a pure function of what was gathered.
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt as _;
+
+use crate::api::{
+    BackupDisk, BackupSupport, DesiredState, DiskMode, DomainDisk, DomainState, LibvirtDomain, OfflinePolicy,
+    VmBackup,
+};
+use crate::reason::{Because, Reason, Retry};
+
+/// What was gathered.
+#[derive(Clone, Debug)]
+pub struct Facts<'a> {
+    /// The VM named in the spec, if there is one.
+    pub domain: Option<&'a LibvirtDomain>,
+    /// The other VmBackups of that VM in the namespace.
+    pub others: &'a [VmBackup],
+    /// Whether the VM's node is there and not NotReady.
+    pub node: NodeHealth,
+    /// The time.
+    pub now: Timestamp,
+}
+
+/// A Node object, as far as a backup cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeHealth {
+    /// It is there, and does not say that it is not Ready.
+    Up,
+    /// Its Ready condition is not True.
+    NotReady,
+    /// There is no such Node.
+    Gone,
+}
+
+/// What is bound.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Binding {
+    /// The node.
+    pub node: String,
+    /// The VM's libvirt uuid.
+    pub vm_uuid: String,
+    /// The disks.
+    pub disks: Vec<BackupDisk>,
+    /// Those of them that can keep a bitmap.
+    pub in_checkpoint: Vec<DomainDisk>,
+}
+
+/// What the checklist says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// All is well.
+    Bind(Binding),
+    /// Not now.
+    Wait(Because),
+    /// Never.
+    Fail(Because),
+}
+
+/// Goes through the checklist.
+pub fn resolve(backup: &VmBackup, facts: &Facts<'_>) -> Verdict {
+    if backup.spec.state == DesiredState::Cancelled {
+        return Verdict::Fail(Because::new(Reason::Cancelled, "cancelled before it was bound"));
+    }
+    match check(backup, facts) {
+        Ok(binding) => Verdict::Bind(binding),
+        Err(because) if because.reason.retry() == Retry::Never => Verdict::Fail(because),
+        Err(because) if facts.now >= start_deadline(backup, facts.now) => {
+            let message = format!(
+                "not Ready within {} s, last because of {because}",
+                backup.spec.start_deadline_seconds
+            );
+            Verdict::Fail(Because::new(Reason::StartDeadlineExceeded, message))
+        }
+        Err(because) => match (because.reason, backup.spec.offline) {
+            (Reason::VmNotRunning, OfflinePolicy::Refuse) => {
+                Verdict::Fail(Because::new(Reason::VmNotRunning, "the VM is off, and offline is Refuse"))
+            }
+            _ => Verdict::Wait(because),
+        },
+    }
+}
+
+/// When the backup must be Ready.
+pub fn start_deadline(backup: &VmBackup, now: Timestamp) -> Timestamp {
+    let created = backup.creation_timestamp().map_or(now, |created| created.0);
+    let bound = SignedDuration::from_secs(backup.spec.start_deadline_seconds.into());
+    created.checked_add(bound).unwrap_or(Timestamp::MAX)
+}
+
+fn check(backup: &VmBackup, facts: &Facts<'_>) -> Result<Binding, Because> {
+    let vm = &backup.spec.vm;
+    let no = |reason, message: String| Err(Because::new(reason, message));
+    let Some(domain) = facts.domain else {
+        return no(Reason::VmNotFound, format!("no LibvirtDomain {vm} in this namespace"));
+    };
+    let status = domain.status.as_ref();
+    // a mistake in the spec is told before anything is waited for
+    let disks = choose(backup, status.map(|status| status.disks.as_slice()).unwrap_or_default())?;
+    match status.and_then(|status| status.state) {
+        Some(DomainState::Running | DomainState::Paused) => {}
+        Some(DomainState::Off) => return no(Reason::VmNotRunning, format!("VM {vm} is off")),
+        Some(DomainState::Missing) => {
+            return no(Reason::VmNotFound, format!("no node's libvirt knows VM {vm} any more"));
+        }
+        Some(DomainState::NodeLost) => return no(Reason::NodeNotReady, format!("the node of VM {vm} is down")),
+        Some(DomainState::Busy) | None => {
+            return no(Reason::VmBusy, format!("VM {vm} is starting, stopping, migrating or paused by an error"));
+        }
+    }
+    let Some(node) = status.and_then(|status| status.node_name.clone()) else {
+        return no(Reason::VmBusy, format!("VM {vm} is on no node at the moment"));
+    };
+    if facts.node != NodeHealth::Up {
+        return no(Reason::NodeNotReady, format!("node {node} is not Ready"));
+    }
+    if let Some(other) = facts.others.iter().find(|other| goes_first(other, backup)) {
+        let message = format!("VmBackup {} of the same VM is not finished", other.name_any());
+        return no(Reason::BackupAlreadyRunning, message);
+    }
+    let in_checkpoint: Vec<DomainDisk> =
+        disks.iter().filter(|disk| disk.backup == BackupSupport::Incremental).cloned().collect();
+    let disks = disks.iter().map(|disk| BackupDisk {
+        name: disk.target.clone(),
+        mode: DiskMode::Full,
+        size: disk.size,
+        in_checkpoint: disk.backup == BackupSupport::Incremental,
+        missing_bytes: None,
+        nbd: None,
+    });
+    Ok(Binding { node, vm_uuid: domain.spec.uuid.clone(), disks: disks.collect(), in_checkpoint })
+}
+
+/// The disks to back up, in the domain's order.
+fn choose(backup: &VmBackup, disks: &[DomainDisk]) -> Result<Vec<DomainDisk>, Because> {
+    let vm = &backup.spec.vm;
+    let Some(named) = &backup.spec.disks else {
+        let supported: Vec<_> =
+            disks.iter().filter(|disk| disk.backup != BackupSupport::Unsupported).cloned().collect();
+        if supported.is_empty() {
+            let message = format!("VM {vm} has no disk that can be backed up");
+            return Err(Because::new(Reason::DiskNotSupported, message));
+        }
+        return Ok(supported);
+    };
+    for name in named {
+        let Some(disk) = disks.iter().find(|disk| disk.target == *name) else {
+            let has: Vec<_> = disks.iter().map(|disk| disk.target.as_str()).collect();
+            let message = format!("VM {vm} has no disk {name}, it has {}", has.join(", "));
+            return Err(Because::new(Reason::DiskNotFound, message));
+        };
+        if disk.backup == BackupSupport::Unsupported {
+            let why = disk.reason.as_deref().unwrap_or("it cannot be backed up");
+            return Err(Because::new(Reason::DiskNotSupported, format!("disk {name}: {why}")));
+        }
+    }
+    Ok(disks.iter().filter(|disk| named.contains(&disk.target)).cloned().collect())
+}
+
+/// Whether `other`, unfinished, is bound already, or older: then `backup` waits for it. The uid decides
+/// between two of the same second, so that never both wait.
+fn goes_first(other: &VmBackup, backup: &VmBackup) -> bool {
+    let status = other.status.as_ref();
+    if other.uid() == backup.uid() || status.is_some_and(|status| status.phase.is_terminal()) {
+        return false;
+    }
+    if status.is_some_and(|status| status.node_name.is_some()) {
+        return true;
+    }
+    let order = |backup: &VmBackup| (backup.creation_timestamp().map(|time| time.0), backup.uid());
+    other.metadata.deletion_timestamp.is_none()
+        && other.spec.state != DesiredState::Cancelled
+        && order(other) < order(backup)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,92 @@
+//! The status of a VmBackup while the operator writes it: before it is bound, and when its node is lost.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+
+use super::resolve::Binding;
+use crate::api::conditions::{self, Truth};
+use crate::api::{Phase, VmBackupStatus};
+use crate::reason::{Because, Reason};
+
+/// Waiting, with the reason.
+pub fn waiting(old: &VmBackupStatus, because: &Because, generation: Option<i64>, now: Timestamp) -> VmBackupStatus {
+    let mut new = old.clone();
+    new.phase = Phase::Initializing;
+    describe(&mut new, because, generation, now);
+    new
+}
+
+/// Bound to a node: from here on its agent writes.
+pub fn bound(
+    old: &VmBackupStatus,
+    binding: &Binding,
+    checkpoint: Option<String>,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> VmBackupStatus {
+    let mut new = VmBackupStatus {
+        phase: Phase::Initializing,
+        node_name: Some(binding.node.clone()),
+        vm_uuid: Some(binding.vm_uuid.clone()),
+        to_checkpoint: checkpoint,
+        disks: binding.disks.clone(),
+        start_time: Some(Time(conditions::whole_seconds(now))),
+        ..old.clone()
+    };
+    let because = Because::new(Reason::Bound, format!("bound to node {}, its agent goes on", binding.node));
+    describe(&mut new, &because, generation, now);
+    new
+}
+
+/// Failed. `host_clean`: nothing was ever made on a host.
+pub fn failed(
+    old: &VmBackupStatus,
+    because: &Because,
+    host_clean: bool,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> VmBackupStatus {
+    let mut new = old.clone();
+    new.phase = Phase::Failed;
+    new.completion_time.get_or_insert_with(|| Time(conditions::whole_seconds(now)));
+    describe(&mut new, because, generation, now);
+    if host_clean {
+        let message = "nothing was made on a node";
+        let kind = conditions::HOST_CLEAN;
+        conditions::set(&mut new.conditions, kind, Truth::True, "NeverBound", message, generation, now);
+    }
+    new
+}
+
+fn describe(status: &mut VmBackupStatus, because: &Because, generation: Option<i64>, now: Timestamp) {
+    status.observed_generation = generation;
+    let failed = status.phase == Phase::Failed;
+    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
+    let (reason, message) = (because.reason.as_str(), because.shown());
+    for (kind, truth) in [
+        (conditions::READY, Truth::False),
+        (conditions::RECONCILING, truth(!failed)),
+        (conditions::STALLED, truth(failed)),
+        (conditions::SUCCEEDED, if failed { Truth::False } else { Truth::Unknown }),
+    ] {
+        conditions::set(&mut status.conditions, kind, truth, reason, &message, generation, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unchanged_world_has_an_unchanged_status() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let because = Because::new(Reason::VmNotRunning, "VM db01 is off");
+        let once = waiting(&VmBackupStatus::default(), &because, Some(1), at(1));
+        assert_eq!(once, waiting(&once, &because, Some(1), at(99)));
+        let ended = failed(&once, &because, true, Some(1), at(2));
+        assert_eq!(ended, failed(&ended, &because, true, Some(1), at(99)));
+        assert!(conditions::is_true(&ended.conditions, conditions::HOST_CLEAN));
+        assert!(conditions::is_true(&ended.conditions, conditions::STALLED));
+        assert!(!conditions::is_true(&ended.conditions, conditions::RECONCILING));
+    }
+}

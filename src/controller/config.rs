@@ -1,0 +1,28 @@
+//! The operator's command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::telemetry::LogFormat;
+
+/// The Virtmark operator: validates backups, binds them to nodes, publishes the inventory.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "operator", version)]
+pub struct Config {
+    /// Kubeconfig file; default: the environment's, or the pod's service account.
+    #[arg(long, env = "KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The operator's namespace, where agents write DomainSightings.
+    #[arg(long, default_value = "virtmark-system")]
+    pub system_namespace: String,
+    /// The namespace where LibvirtDomains are published.
+    #[arg(long, default_value = "vms")]
+    pub domains_namespace: String,
+    /// Seconds for which a VM that no libvirt knows any more stays listed, as Missing.
+    #[arg(long, default_value_t = 3600)]
+    pub missing_grace_seconds: u32,
+    /// How to log.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}

@@ -1,0 +1,187 @@
+//! What the operator's reconcilers share.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use futures::channel::mpsc::UnboundedSender;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Api, Client, Resource, ResourceExt as _};
+
+use super::backup::resolve::NodeHealth;
+use crate::api::conditions;
+use crate::api::{ImageTransfer, VmBackup, VmCheckpoint};
+use crate::cluster::Events;
+
+/// How long a deletion waits for an agent before the finalizer is released all the same.
+pub const ABANDON: SignedDuration = SignedDuration::from_secs(120);
+
+/// What a reconciler could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum OperatorError {
+    /// The API server said no, or nothing.
+    #[error("the Kubernetes API: {0}")]
+    Api(#[source] Box<kube::Error>),
+}
+
+impl From<kube::Error> for OperatorError {
+    fn from(error: kube::Error) -> Self {
+        Self::Api(Box::new(error))
+    }
+}
+
+impl OperatorError {
+    fn status(&self) -> Option<&kube::core::Status> {
+        match self {
+            Self::Api(error) => match &**error {
+                kube::Error::Api(status) => Some(status),
+                _ => None,
+            },
+        }
+    }
+
+    /// The object changed while its status was computed: compute again at once.
+    pub fn is_conflict(&self) -> bool {
+        self.status().is_some_and(|status| status.is_conflict())
+    }
+
+    /// The object is gone.
+    pub fn is_not_found(&self) -> bool {
+        self.status().is_some_and(|status| status.is_not_found())
+    }
+}
+
+/// What the reconcilers share.
+pub struct Context {
+    /// The Kubernetes API.
+    pub client: Client,
+    /// Events in the operator's name.
+    pub events: Events,
+    /// The first 8 hex digits of the cluster's id (the uid of namespace kube-system).
+    pub cluster: String,
+    /// Held from the check that no other backup of a VM runs until one is bound.
+    pub binding: tokio::sync::Mutex<()>,
+    pub(super) backups: Store<VmBackup>,
+    pub(super) transfers: Store<ImageTransfer>,
+    pub(super) checkpoints: Store<VmCheckpoint>,
+    pub(super) wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
+    pub(super) wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
+    pub(super) wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
+    pub(super) failures: Failures,
+}
+
+impl Context {
+    /// Looks again at everything that waits for the VM `vm`: its backups, its checkpoints.
+    pub fn wake_vm(&self, namespace: &str, vm: &str) {
+        let of_vm = |of: &str, in_: Option<String>| of == vm && in_.as_deref() == Some(namespace);
+        for backup in self.backups.state() {
+            let unfinished = !backup.status.as_ref().is_some_and(|status| status.phase.is_terminal());
+            if unfinished && of_vm(&backup.spec.vm, backup.namespace()) {
+                // a closed channel means that the operator is shutting down, here and below
+                let _ = self.wake_backup.unbounded_send(ObjectRef::from_obj(&*backup));
+            }
+        }
+        for checkpoint in self.checkpoints.state() {
+            if of_vm(&checkpoint.spec.vm, checkpoint.namespace()) {
+                let _ = self.wake_checkpoint.unbounded_send(ObjectRef::from_obj(&*checkpoint));
+            }
+        }
+    }
+
+    /// Looks again at the transfers that name a backup.
+    pub fn wake_transfers(&self, namespace: &str, backup: &str) {
+        for transfer in self.transfers.state() {
+            if transfer.spec.backup == backup && transfer.namespace().as_deref() == Some(namespace) {
+                let _ = self.wake_transfer.unbounded_send(ObjectRef::from_obj(&*transfer));
+            }
+        }
+    }
+
+    /// Whether a node can be worked on.
+    ///
+    /// # Errors
+    /// When the API server cannot be asked.
+    pub async fn node_health(&self, name: &str) -> Result<NodeHealth, OperatorError> {
+        let node = Api::<Node>::all(self.client.clone()).get_opt(name).await?;
+        let Some(node) = node else { return Ok(NodeHealth::Gone) };
+        let conditions = node.status.and_then(|status| status.conditions).unwrap_or_default();
+        let not_ready = conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status != "True");
+        Ok(if not_ready { NodeHealth::NotReady } else { NodeHealth::Up })
+    }
+}
+
+/// Whether an object that is being deleted may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// Nothing of it is on a host.
+    Clean,
+    /// Its agent is still at it.
+    Wait,
+    /// Its agent did not answer in time, or its node is gone: something may be left.
+    Abandon,
+}
+
+/// Whether an object that is being deleted may go. Pure.
+pub fn parting(
+    bound: bool,
+    host_clean: bool,
+    node: NodeHealth,
+    deleted: Option<Timestamp>,
+    now: Timestamp,
+) -> Parting {
+    if !bound || host_clean {
+        return Parting::Clean;
+    }
+    let overdue = deleted.is_some_and(|since| now.duration_since(since) >= ABANDON);
+    if node == NodeHealth::Gone || overdue { Parting::Abandon } else { Parting::Wait }
+}
+
+/// Whether the agent said that nothing is left on its host.
+pub fn is_host_clean(conditions: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition]) -> bool {
+    conditions::is_true(conditions, conditions::HOST_CLEAN)
+}
+
+/// How often each object failed in a row, for a pause that grows.
+#[derive(Default)]
+pub struct Failures(Mutex<HashMap<String, u32>>);
+
+impl Failures {
+    /// One more: the pause before the next try.
+    pub fn again<K: Resource>(&self, object: &K) -> Duration {
+        let mut counts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let count = counts.entry(object.uid().unwrap_or_default()).or_default();
+        *count = count.saturating_add(1).min(9);
+        Duration::from_millis(500 << *count).min(Duration::from_secs(120))
+    }
+
+    /// It went well.
+    pub fn clear<K: Resource>(&self, object: &K) {
+        let mut counts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        counts.remove(&object.uid().unwrap_or_default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_finalizer_never_wedges() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let (up, gone) = (NodeHealth::Up, NodeHealth::Gone);
+        let cases = [
+            ("never bound", parting(false, false, up, Some(at(0)), at(0)), Parting::Clean),
+            ("the agent cleaned", parting(true, true, up, Some(at(0)), at(0)), Parting::Clean),
+            ("the agent is at it", parting(true, false, up, Some(at(0)), at(119)), Parting::Wait),
+            ("the agent is not Ready", parting(true, false, NodeHealth::NotReady, Some(at(0)), at(1)), Parting::Wait),
+            ("the agent is silent", parting(true, false, up, Some(at(0)), at(120)), Parting::Abandon),
+            ("the node is gone", parting(true, false, gone, Some(at(0)), at(0)), Parting::Abandon),
+            ("gone, but it was clean", parting(true, true, gone, Some(at(0)), at(0)), Parting::Clean),
+        ];
+        for (what, found, expected) in cases {
+            assert_eq!(found, expected, "{what}");
+        }
+    }
+}

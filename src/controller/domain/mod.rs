@@ -1,0 +1,86 @@
+//! LibvirtDomains: published from the agents' DomainSightings. See `publish` for how they are chosen.
+
+pub mod publish;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use k8s_openapi::jiff::SignedDuration;
+use kube::api::{ListParams, ObjectMeta};
+use kube::runtime::reflector::Store;
+use kube::{Api, ResourceExt as _};
+
+use self::publish::{Change, publish};
+use super::backup::resolve::NodeHealth;
+use super::{Context, OperatorError};
+use crate::api::{self, DomainSighting, LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
+use crate::clock;
+use crate::cluster;
+use crate::reason::{Because, Reason};
+
+/// Makes the LibvirtDomains say what the sightings say.
+///
+/// # Errors
+/// What the API server says; the caller tries again.
+pub async fn publish_all(
+    sightings: &Store<DomainSighting>,
+    namespace: &str,
+    grace: SignedDuration,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    let api = Api::<LibvirtDomain>::namespaced(context.client.clone(), namespace);
+    let published = api.list(&ListParams::default()).await?.items;
+    let seen: Vec<_> = sightings.state().iter().map(|sighting: &Arc<DomainSighting>| sighting.spec.clone()).collect();
+    let holders = published.iter().filter_map(|domain| domain.status.as_ref()?.node_name.clone());
+    let nodes: HashSet<String> = seen.iter().map(|sighting| sighting.node_name.clone()).chain(holders).collect();
+    let mut lost = HashSet::new();
+    for node in nodes {
+        if context.node_health(&node).await? == NodeHealth::Gone {
+            lost.insert(node);
+        }
+    }
+    for change in publish(&seen, &published, &lost, grace, clock::now()) {
+        let name = match change {
+            Change::Delete { name } => {
+                let uid = published.iter().find(|domain| domain.name_any() == name).and_then(kube::ResourceExt::uid);
+                cluster::delete(&api, &name, uid).await?;
+                name
+            }
+            Change::Update { name, status } => {
+                let Some(known) = published.iter().find(|domain| domain.name_any() == name) else { continue };
+                write(&api, known.clone(), *status).await?;
+                name
+            }
+            Change::Create { name, uuid, status, taken } => {
+                let metadata = ObjectMeta {
+                    name: Some(name.clone()),
+                    namespace: Some(namespace.to_owned()),
+                    ..ObjectMeta::default()
+                };
+                let new = LibvirtDomain { metadata, spec: LibvirtDomainSpec { uuid }, status: None };
+                cluster::create(&api, &new, api::OPERATOR).await?;
+                let created = api.get(&name).await?;
+                if let Some(taken) = taken {
+                    let message = format!("the name {taken} is another VM's: this one is published as {name}");
+                    context.events.tell(&created, false, "Publish", &Because::new(Reason::VmReplaced, message)).await;
+                }
+                write(&api, created, *status).await?;
+                name
+            }
+        };
+        tracing::info!(vm = name, "published");
+        context.wake_vm(namespace, &name);
+    }
+    Ok(())
+}
+
+async fn write(
+    api: &Api<LibvirtDomain>,
+    mut domain: LibvirtDomain,
+    status: LibvirtDomainStatus,
+) -> Result<(), OperatorError> {
+    domain.metadata.managed_fields = None;
+    domain.status = Some(status);
+    cluster::replace_status(api, &domain, api::OPERATOR).await?;
+    Ok(())
+}

@@ -1,0 +1,295 @@
+//! From what the nodes' libvirts say to what users see: a pure function of all sightings to all changes.
+
+use std::collections::{BTreeMap, HashSet};
+
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::ResourceExt as _;
+
+use crate::api::conditions::{self, Truth};
+use crate::api::{BackupSupport, DomainSightingSpec, DomainState, LibvirtDomain, LibvirtDomainStatus};
+use crate::reason::Reason;
+
+/// One write to the API.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A new domain, under this name. `taken`: the name that it would have had.
+    Create {
+        /// Its object's name.
+        name: String,
+        /// Its uuid.
+        uuid: String,
+        /// Its status.
+        status: Box<LibvirtDomainStatus>,
+        /// The name that another domain has.
+        taken: Option<String>,
+    },
+    /// Another status.
+    Update {
+        /// The object's name.
+        name: String,
+        /// Its status.
+        status: Box<LibvirtDomainStatus>,
+    },
+    /// The domain is gone for good.
+    Delete {
+        /// The object's name.
+        name: String,
+    },
+}
+
+/// What must change, deletions first.
+pub fn publish(
+    sightings: &[DomainSightingSpec],
+    published: &[LibvirtDomain],
+    lost_nodes: &HashSet<String>,
+    grace: SignedDuration,
+    now: Timestamp,
+) -> Vec<Change> {
+    let mut by_uuid: BTreeMap<&str, Vec<&DomainSightingSpec>> = BTreeMap::new();
+    for sighting in sightings.iter().filter(|sighting| !lost_nodes.contains(&sighting.node_name)) {
+        by_uuid.entry(&sighting.uuid).or_default().push(sighting);
+    }
+    let (mut deletions, mut changes) = (Vec::new(), Vec::new());
+    let mut names: BTreeMap<String, &str> = BTreeMap::new();
+    for domain in published {
+        let old = domain.status.clone().unwrap_or_default();
+        let seen = by_uuid.get(domain.spec.uuid.as_str());
+        let new = match seen.and_then(|seen| winner(seen, old.node_name.as_deref())) {
+            Some(sighting) => seen_status(&old, sighting, domain.metadata.generation, now),
+            None => unseen_status(&old, lost_nodes, domain.metadata.generation, now),
+        };
+        let replaced = new.state == Some(DomainState::Missing)
+            && by_uuid.iter().any(|(uuid, seen)| {
+                *uuid != domain.spec.uuid && seen.iter().any(|sighting| dns_safe(&sighting.name) == domain.name_any())
+            });
+        if replaced || is_overdue(&new, grace, now) {
+            deletions.push(Change::Delete { name: domain.name_any() });
+            continue;
+        }
+        names.insert(domain.name_any(), &domain.spec.uuid);
+        if new != old {
+            changes.push(Change::Update { name: domain.name_any(), status: Box::new(new) });
+        }
+    }
+    for (uuid, seen) in &by_uuid {
+        if published.iter().any(|domain| domain.spec.uuid == *uuid) {
+            continue;
+        }
+        let Some(sighting) = winner(seen, None) else { continue };
+        let wanted = dns_safe(&sighting.name);
+        let is_taken = names.contains_key(&wanted);
+        let name = if is_taken { format!("{wanted}-{}", &uuid[..8]) } else { wanted.clone() };
+        names.insert(name.clone(), uuid);
+        changes.push(Change::Create {
+            name,
+            uuid: (*uuid).to_owned(),
+            status: Box::new(seen_status(&LibvirtDomainStatus::default(), sighting, Some(1), now)),
+            taken: is_taken.then_some(wanted),
+        });
+    }
+    deletions.extend(changes);
+    deletions
+}
+
+/// Which of several sightings holds: an active one before one that is off; of two active ones, in the middle
+/// of a migration, the one that holds already.
+fn winner<'a>(seen: &[&'a DomainSightingSpec], holder: Option<&str>) -> Option<&'a DomainSightingSpec> {
+    let rank = |sighting: &DomainSightingSpec| {
+        (sighting.state.is_active(), holder == Some(sighting.node_name.as_str()), sighting.state == DomainState::Running)
+    };
+    seen.iter().copied().max_by(|a, b| rank(a).cmp(&rank(b)).then_with(|| b.node_name.cmp(&a.node_name)))
+}
+
+fn seen_status(
+    old: &LibvirtDomainStatus,
+    sighting: &DomainSightingSpec,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> LibvirtDomainStatus {
+    let incremental = sighting.disks.iter().filter(|disk| disk.backup == BackupSupport::Incremental).count();
+    let supported = sighting.disks.iter().filter(|disk| disk.backup != BackupSupport::Unsupported).count();
+    let mut new = LibvirtDomainStatus {
+        observed_generation: generation,
+        state: Some(sighting.state),
+        node_name: Some(sighting.node_name.clone()),
+        domain_name: Some(sighting.name.clone()),
+        incremental: Some(format!("{incremental}/{supported}")),
+        disks: sighting.disks.clone(),
+        ..old.clone()
+    };
+    let (truth, reason, message) = match (sighting.state, supported) {
+        (_, 0) => (Truth::False, Reason::DiskNotSupported.as_str(), "it has no disk that can be backed up"),
+        (DomainState::Running | DomainState::Paused, _) => (Truth::True, "Running", "a backup of it can start"),
+        (DomainState::Off, _) => (Truth::False, Reason::VmNotRunning.as_str(), "it is off"),
+        _ => (Truth::False, Reason::VmBusy.as_str(), "it is starting, stopping, migrating or paused by an error"),
+    };
+    conditions::set(&mut new.conditions, conditions::READY, truth, reason, message, generation, now);
+    new
+}
+
+fn unseen_status(
+    old: &LibvirtDomainStatus,
+    lost_nodes: &HashSet<String>,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> LibvirtDomainStatus {
+    let lost = old.node_name.as_ref().is_some_and(|node| lost_nodes.contains(node));
+    let (state, reason, message) = if lost {
+        (DomainState::NodeLost, Reason::NodeLost, "its node is gone")
+    } else {
+        (DomainState::Missing, Reason::VmNotFound, "no node's libvirt knows it any more")
+    };
+    let mut new = LibvirtDomainStatus { state: Some(state), observed_generation: generation, ..old.clone() };
+    let kind = conditions::READY;
+    conditions::set(&mut new.conditions, kind, Truth::False, reason.as_str(), message, generation, now);
+    if state == DomainState::Missing {
+        // a time of its own, so that the grace counts from here although Ready was False before
+        let why = reason.as_str();
+        conditions::set(&mut new.conditions, MISSING, Truth::True, why, message, generation, now);
+    }
+    new
+}
+
+/// The condition that tells since when a domain is seen nowhere.
+const MISSING: &str = "Missing";
+
+fn is_overdue(status: &LibvirtDomainStatus, grace: SignedDuration, now: Timestamp) -> bool {
+    if status.state != Some(DomainState::Missing) {
+        return false;
+    }
+    let since = conditions::get(&status.conditions, MISSING).map(|missing| missing.last_transition_time.0);
+    since.is_some_and(|since| now.duration_since(since) >= grace)
+}
+
+/// A libvirt name as an object's name: lower case, everything else a dash, at most 200 characters.
+pub fn dns_safe(name: &str) -> String {
+    let safe: String =
+        name.chars().map(|c| c.to_ascii_lowercase()).map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let safe: String = safe.trim_matches('-').chars().take(200).collect();
+    let safe = safe.trim_end_matches('-');
+    if safe.is_empty() { "vm".to_owned() } else { safe.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: &str = "aaaaaaaa-0000-4000-8000-000000000001";
+    const B: &str = "bbbbbbbb-0000-4000-8000-000000000002";
+
+    fn sighting(node: &str, uuid: &str, name: &str, state: DomainState) -> DomainSightingSpec {
+        DomainSightingSpec {
+            node_name: node.into(),
+            uuid: uuid.into(),
+            name: name.into(),
+            state,
+            disks: vec![],
+        }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    /// Applies what is published, as the API would.
+    fn apply(world: &mut Vec<LibvirtDomain>, changes: Vec<Change>) {
+        for change in changes {
+            match change {
+                Change::Delete { name } => world.retain(|domain| domain.name_any() != name),
+                Change::Update { name, status } => {
+                    let domain = world.iter_mut().find(|domain| domain.name_any() == name).unwrap();
+                    domain.status = Some(*status);
+                }
+                Change::Create { name, uuid, status, .. } => {
+                    let mut domain = LibvirtDomain::new(&name, crate::api::LibvirtDomainSpec { uuid });
+                    domain.metadata.generation = Some(1);
+                    domain.status = Some(*status);
+                    world.push(domain);
+                }
+            }
+        }
+    }
+
+    fn round(world: &mut Vec<LibvirtDomain>, sightings: &[DomainSightingSpec], lost: &[&str], now: i64) {
+        let lost = lost.iter().map(|node| (*node).to_owned()).collect();
+        let changes = publish(sightings, world, &lost, SignedDuration::from_secs(60), at(now));
+        apply(world, changes);
+        let again = publish(sightings, world, &lost, SignedDuration::from_secs(60), at(now));
+        assert_eq!(again, [], "once said, nothing is said again");
+    }
+
+    fn holder<'a>(world: &'a [LibvirtDomain], name: &str) -> Option<(&'a str, DomainState)> {
+        let status = world.iter().find(|domain| domain.name_any() == name)?.status.as_ref()?;
+        Some((status.node_name.as_deref()?, status.state?))
+    }
+
+    #[test]
+    fn active_beats_off_and_a_migration_moves_it_when_the_source_leaves() {
+        let mut world = vec![];
+        let off = sighting("node-a", A, "db01", DomainState::Off);
+        let on_a = sighting("node-a", A, "db01", DomainState::Running);
+        let on_b = sighting("node-b", A, "db01", DomainState::Running);
+        round(&mut world, &[off.clone(), on_b.clone()], &[], 1);
+        assert_eq!(holder(&world, "db01"), Some(("node-b", DomainState::Running)));
+        round(&mut world, &[on_a.clone(), on_b], &[], 2);
+        assert_eq!(holder(&world, "db01"), Some(("node-b", DomainState::Running)), "the holder stays");
+        round(&mut world, &[on_a], &[], 3);
+        assert_eq!(holder(&world, "db01"), Some(("node-a", DomainState::Running)), "until it leaves");
+    }
+
+    #[test]
+    fn a_name_that_is_taken_gets_the_uuids_start() {
+        let mut world = vec![];
+        let both = [
+            sighting("node-a", A, "DB_01", DomainState::Running),
+            sighting("node-b", B, "db.01", DomainState::Running),
+        ];
+        round(&mut world, &both, &[], 1);
+        let mut names: Vec<_> = world.iter().map(kube::ResourceExt::name_any).collect();
+        names.sort();
+        assert_eq!(names, ["db-01", "db-01-bbbbbbbb"]);
+    }
+
+    #[test]
+    fn a_vm_that_is_gone_is_missing_and_then_deleted() {
+        let mut world = vec![];
+        round(&mut world, &[sighting("node-a", A, "db01", DomainState::Off)], &[], 1);
+        round(&mut world, &[], &[], 10);
+        assert_eq!(holder(&world, "db01"), Some(("node-a", DomainState::Missing)));
+        round(&mut world, &[], &[], 69);
+        assert_eq!(world.len(), 1);
+        round(&mut world, &[], &[], 70);
+        assert!(world.is_empty());
+    }
+
+    #[test]
+    fn a_lost_node_does_not_make_its_vms_missing() {
+        let mut world = vec![];
+        let on_a = [sighting("node-a", A, "db01", DomainState::Running)];
+        round(&mut world, &on_a, &[], 1);
+        round(&mut world, &on_a, &["node-a"], 2);
+        assert_eq!(holder(&world, "db01"), Some(("node-a", DomainState::NodeLost)));
+        round(&mut world, &on_a, &["node-a"], 9999);
+        assert_eq!(world.len(), 1, "for as long as it takes");
+    }
+
+    #[test]
+    fn a_new_vm_of_the_same_name_takes_it_over() {
+        let mut world = vec![];
+        round(&mut world, &[sighting("node-a", A, "db01", DomainState::Off)], &[], 1);
+        round(&mut world, &[sighting("node-a", B, "db01", DomainState::Running)], &[], 2);
+        assert_eq!(world.len(), 1);
+        assert_eq!(world[0].spec.uuid, B);
+        assert_eq!(world[0].name_any(), "db01");
+    }
+
+    #[test]
+    fn any_libvirt_name_becomes_an_object_name() {
+        let long = "x".repeat(500);
+        for (name, expected) in
+            [("db01", "db01"), ("../etc", "etc"), ("Ü ß", "vm"), ("a_b.C", "a-b-c"), ("-", "vm"), (&long, &long[..200])]
+        {
+            assert_eq!(dns_safe(name), expected, "{name}");
+        }
+    }
+}

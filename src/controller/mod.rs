@@ -1,0 +1,21 @@
+//! The operator: validates backups, binds them to nodes, keeps finalizers and publishes the inventory.
+//!
+//! ```text
+//!   VmBackup       gather -> resolve -> desired -> apply -> status     until it is bound; again when it ends
+//!   ImageTransfer  bind; delete its ticket Secret when it ends
+//!   VmCheckpoint   usable once its backup Succeeded; bound to a node to have its bitmaps removed
+//!   DomainSighting -> LibvirtDomain
+//! ```
+//!
+//! It never talks to libvirt, to an agent, or to an image server. Losing it loses nothing.
+
+pub mod backup;
+pub mod checkpoint;
+pub mod config;
+pub mod domain;
+mod context;
+mod run;
+pub mod transfer;
+
+pub use context::{Context, OperatorError};
+pub use run::run;

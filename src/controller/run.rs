@@ -1,0 +1,140 @@
+//! Puts the operator together and runs it until it is told to stop.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures::{StreamExt as _, channel::mpsc};
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::jiff::SignedDuration;
+use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
+use kube::{Api, Client, ResourceExt as _};
+use tokio_util::sync::CancellationToken;
+
+use super::config::Config;
+use super::context::{Context, OperatorError};
+use super::{backup, checkpoint, domain, transfer};
+use crate::api::{self, DomainSighting, ImageTransfer, VmBackup, VmCheckpoint};
+use crate::cluster::{self, Events};
+
+/// How often the inventory is compared although no sighting changed.
+const SAFETY_NET: Duration = Duration::from_secs(60);
+
+/// Runs the operator until `stop`.
+///
+/// # Errors
+/// When it cannot start: no API server, no rights.
+pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let client = cluster::connect(config.kubeconfig.as_deref()).await?;
+    let cluster = cluster_id(&client).await.context("the cluster's id, the uid of namespace kube-system")?;
+    tracing::info!(cluster, "operator starts");
+    let settings = || ControllerConfig::default().concurrency(16);
+    let stopped = || stop.clone().cancelled_owned();
+    let (wake_backup, woken_backups) = mpsc::unbounded();
+    let (wake_transfer, woken_transfers) = mpsc::unbounded();
+    let (wake_checkpoint, woken_checkpoints) = mpsc::unbounded();
+    let any = watcher::Config::default;
+    let backups = Controller::new(Api::<VmBackup>::all(client.clone()), any());
+    let transfers = Controller::new(Api::<ImageTransfer>::all(client.clone()), any());
+    let checkpoints = Controller::new(Api::<VmCheckpoint>::all(client.clone()), any());
+    let context = Arc::new(Context {
+        client: client.clone(),
+        events: Events::new(client.clone(), api::OPERATOR, None),
+        cluster,
+        binding: tokio::sync::Mutex::default(),
+        backups: backups.store(),
+        transfers: transfers.store(),
+        checkpoints: checkpoints.store(),
+        wake_backup,
+        wake_transfer,
+        wake_checkpoint,
+        failures: super::context::Failures::default(),
+    });
+    let backups = backups
+        .with_config(settings())
+        .reconcile_on(woken_backups)
+        .graceful_shutdown_on(stopped())
+        .run(backup::reconcile, on_error, Arc::clone(&context))
+        .for_each(|result| async { report("VmBackup", result) });
+    let transfers = transfers
+        .with_config(settings())
+        .reconcile_on(woken_transfers)
+        .graceful_shutdown_on(stopped())
+        .run(transfer::reconcile, on_error, Arc::clone(&context))
+        .for_each(|result| async { report("ImageTransfer", result) });
+    let checkpoints = checkpoints
+        .with_config(settings())
+        .reconcile_on(woken_checkpoints)
+        .graceful_shutdown_on(stopped())
+        .run(checkpoint::reconcile, on_error, Arc::clone(&context))
+        .for_each(|result| async { report("VmCheckpoint", result) });
+    tokio::select! {
+        _ = async { tokio::join!(backups, transfers, checkpoints) } => {}
+        () = inventory(&config, &context) => {}
+        () = stop.cancelled() => {}
+    }
+    Ok(())
+}
+
+/// Follows the sightings.
+async fn inventory(config: &Config, context: &Context) {
+    let api = Api::<DomainSighting>::namespaced(context.client.clone(), &config.system_namespace);
+    let (sightings, writer) = reflector::store();
+    let mut changes = watcher(api, watcher::Config::default()).default_backoff().reflect(writer).boxed();
+    let grace = SignedDuration::from_secs(config.missing_grace_seconds.into());
+    loop {
+        match tokio::time::timeout(SAFETY_NET, changes.next()).await {
+            Ok(None) => return,
+            Ok(Some(Err(error))) => {
+                tracing::warn!(%error, "watching DomainSightings");
+                continue;
+            }
+            // a list is whole only when it is done
+            Ok(Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_)))) => continue,
+            Ok(Some(Ok(_))) | Err(_) => {}
+        }
+        while let Err(error) =
+            domain::publish_all(&sightings, &config.domains_namespace, grace, context).await
+        {
+            if !error.is_conflict() {
+                tracing::warn!(%error, "the inventory was not published");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+async fn cluster_id(client: &Client) -> anyhow::Result<String> {
+    let system = Api::<Namespace>::all(client.clone()).get("kube-system").await?;
+    Ok(system.uid().unwrap_or_default().chars().filter(char::is_ascii_hexdigit).take(8).collect())
+}
+
+fn report<K>(
+    kind: &str,
+    result: Result<
+        (reflector::ObjectRef<K>, Requeue),
+        ControllerError<OperatorError, watcher::Error>,
+    >,
+) where
+    K: kube::Resource,
+{
+    match result {
+        Ok(_) | Err(ControllerError::ObjectNotFound(_) | ControllerError::ReconcilerFailed(..)) => {}
+        Err(error) => tracing::warn!(kind, %error, "watching"),
+    }
+}
+
+fn on_error<K>(object: Arc<K>, error: &OperatorError, context: Arc<Context>) -> Requeue
+where
+    K: kube::Resource<DynamicType = ()>,
+{
+    if error.is_conflict() {
+        return Requeue::requeue(Duration::from_millis(20));
+    }
+    if error.is_not_found() {
+        return Requeue::await_change();
+    }
+    tracing::warn!(object = object.name_any(), kind = %K::kind(&()), %error, "tried again");
+    Requeue::requeue(context.failures.again(&*object))
+}

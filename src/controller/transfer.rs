@@ -1,0 +1,227 @@
+//! ImageTransfers: bound to their backup's node; their ticket Secret is deleted when they end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::controller::Action as Requeue;
+use kube::{Api, ResourceExt as _};
+
+use super::backup::resolve::NodeHealth;
+use super::context::{Parting, is_host_clean, parting};
+use super::{Context, OperatorError};
+use crate::api::conditions::{self, Truth};
+use crate::api::{self, DesiredState, ImageTransfer, ImageTransferStatus, Phase, VmBackup};
+use crate::clock;
+use crate::cluster;
+use crate::reason::{Because, Reason};
+
+const SAFETY_NET: Duration = Duration::from_secs(60);
+
+/// What the operator makes of a transfer that is not bound. Pure.
+fn resolve(transfer: &ImageTransfer, backup: Option<&VmBackup>) -> Result<(String, String), (Phase, Because)> {
+    let wait = |reason, message: String| Err((Phase::Initializing, Because::new(reason, message)));
+    let fail = |phase, reason, message: String| Err((phase, Because::new(reason, message)));
+    if transfer.spec.state == DesiredState::Cancelled {
+        return fail(Phase::Cancelled, Reason::Cancelled, "cancelled before it was bound".to_owned());
+    }
+    let name = &transfer.spec.backup;
+    let Some(backup) = backup else {
+        return wait(Reason::BackupNotFound, format!("there is no VmBackup {name} in this namespace"));
+    };
+    let status = backup.status.clone().unwrap_or_default();
+    if status.phase.is_terminal() {
+        return fail(Phase::Failed, Reason::TransferFailed, format!("VmBackup {name} has ended already"));
+    }
+    let (Some(node), Some(uid)) = (status.node_name, backup.uid()) else {
+        return wait(Reason::BackupNotReady, format!("VmBackup {name} is not bound to a node yet"));
+    };
+    let disk = &transfer.spec.disk;
+    if !status.disks.iter().any(|known| known.name == *disk) {
+        let has: Vec<_> = status.disks.iter().map(|disk| disk.name.as_str()).collect();
+        let message = format!("VmBackup {name} has no disk {disk}, it has {}", has.join(", "));
+        return fail(Phase::Failed, Reason::DiskNotFound, message);
+    }
+    Ok((node, uid))
+}
+
+fn describe(
+    old: &ImageTransferStatus,
+    phase: Phase,
+    because: &Because,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> ImageTransferStatus {
+    let mut new = ImageTransferStatus { phase, observed_generation: generation, ..old.clone() };
+    let ended = phase.is_terminal();
+    if ended {
+        new.completion_time.get_or_insert_with(|| Time(conditions::whole_seconds(now)));
+    }
+    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
+    let mut set = |kind, truth| {
+        let (reason, message) = (because.reason.as_str(), because.shown());
+        conditions::set(&mut new.conditions, kind, truth, reason, &message, generation, now);
+    };
+    set(conditions::READY, Truth::False);
+    set(conditions::RECONCILING, truth(!ended));
+    set(conditions::STALLED, truth(ended));
+    set(conditions::SUCCEEDED, if ended { Truth::False } else { Truth::Unknown });
+    new
+}
+
+/// Brings one transfer as far as the operator can.
+///
+/// # Errors
+/// What the API server says; the caller tries again.
+pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> Result<Requeue, OperatorError> {
+    let namespace = transfer.namespace().unwrap_or_default();
+    let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
+    let old = transfer.status.clone().unwrap_or_default();
+    if old.phase.is_terminal() {
+        delete_secret(&transfer, &old, &context).await?;
+    }
+    if transfer.metadata.deletion_timestamp.is_some() {
+        return part(&transfer, &old, &api, &context).await;
+    }
+    if old.phase.is_terminal() || old.node_name.is_some() {
+        return watch_node(&transfer, &old, &api, &context).await;
+    }
+    let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
+    let backup = backups.get_opt(&transfer.spec.backup).await?;
+    let (generation, now) = (transfer.metadata.generation, clock::now());
+    let new = match resolve(&transfer, backup.as_ref()) {
+        Ok((node, uid)) => {
+            let because = Because::new(Reason::BackupNotReady, "the backup is not Ready yet");
+            let bound = describe(&old, Phase::Initializing, &because, generation, now);
+            ImageTransferStatus { node_name: Some(node), backup_uid: Some(uid), ..bound }
+        }
+        Err((phase, because)) => {
+            let new = describe(&old, phase, &because, generation, now);
+            if new != old && phase.is_terminal() {
+                context.events.tell(&*transfer, true, "Validate", &because).await;
+            }
+            new
+        }
+    };
+    if new != old {
+        let held = if new.node_name.is_some() { cluster::hold(&api, &*transfer).await? } else { (*transfer).clone() };
+        let mut object = held;
+        object.metadata.managed_fields = None;
+        object.status = Some(new.clone());
+        cluster::replace_status(&api, &object, api::OPERATOR).await?;
+        tracing::info!(backup = new.backup_uid, transfer = transfer.uid(), disk = transfer.spec.disk, phase = ?new.phase, "transfer");
+    }
+    context.failures.clear(&*transfer);
+    Ok(if new.phase.is_terminal() { Requeue::await_change() } else { Requeue::requeue(SAFETY_NET) })
+}
+
+/// Bound: its agent works. When the node is gone, the operator ends it.
+async fn watch_node(
+    transfer: &ImageTransfer,
+    old: &ImageTransferStatus,
+    api: &Api<ImageTransfer>,
+    context: &Context,
+) -> Result<Requeue, OperatorError> {
+    let Some(node) = old.node_name.as_ref().filter(|_| !old.phase.is_terminal()) else {
+        return Ok(Requeue::await_change());
+    };
+    if context.node_health(node).await? == NodeHealth::Gone {
+        let because = Because::new(Reason::NodeLost, format!("node {node} is gone"));
+        let new = describe(old, Phase::Failed, &because, transfer.metadata.generation, clock::now());
+        let mut object = transfer.clone();
+        object.metadata.managed_fields = None;
+        object.status = Some(new);
+        cluster::replace_status(api, &object, api::OPERATOR).await?;
+        context.events.tell(transfer, true, "Transfer", &because).await;
+    }
+    Ok(Requeue::requeue(SAFETY_NET))
+}
+
+/// The ticket's Secret goes when its transfer ended: its URL answers no more.
+async fn delete_secret(
+    transfer: &ImageTransfer,
+    status: &ImageTransferStatus,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    let (Some(name), Some(uid)) = (&status.ticket_secret, transfer.uid()) else { return Ok(()) };
+    // the agent wrote the name: only one that it may have made for this very transfer is deleted
+    if !name.starts_with(&format!("ticket-{uid}-")) {
+        return Ok(());
+    }
+    let secrets = Api::<Secret>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
+    if let Some(secret) = secrets.get_metadata_opt(name).await? {
+        cluster::delete(&secrets, name, secret.metadata.uid).await?;
+        tracing::info!(backup = status.backup_uid, transfer = uid, "ticket Secret deleted");
+    }
+    Ok(())
+}
+
+async fn part(
+    transfer: &ImageTransfer,
+    old: &ImageTransferStatus,
+    api: &Api<ImageTransfer>,
+    context: &Context,
+) -> Result<Requeue, OperatorError> {
+    let node = match &old.node_name {
+        Some(node) => context.node_health(node).await?,
+        None => NodeHealth::Up,
+    };
+    let deleted = transfer.metadata.deletion_timestamp.as_ref().map(|time| time.0);
+    let bound = old.node_name.is_some();
+    match parting(bound, is_host_clean(&old.conditions), node, deleted, clock::now()) {
+        Parting::Wait => return Ok(Requeue::requeue(Duration::from_secs(5))),
+        Parting::Abandon => {
+            let message = "the agent did not answer: the ticket may still be open on its node";
+            let because = Because::new(Reason::HostCleanupAbandoned, message);
+            context.events.tell(transfer, true, "Delete", &because).await;
+        }
+        Parting::Clean => {}
+    }
+    delete_secret(transfer, old, context).await?;
+    cluster::release(api, transfer).await?;
+    Ok(Requeue::await_change())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn transfer(state: &str) -> ImageTransfer {
+        serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "ImageTransfer",
+            "metadata": {"name": "t", "namespace": "vms"},
+            "spec": {"backup": "b", "disk": "vda", "state": state}}))
+        .unwrap()
+    }
+
+    fn backup(status: serde_json::Value) -> VmBackup {
+        serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmBackup",
+            "metadata": {"name": "b", "namespace": "vms", "uid": "u"}, "spec": {"vm": "db01"}, "status": status}))
+        .unwrap()
+    }
+
+    #[test]
+    fn waits_for_its_backup_and_fails_when_that_cannot_help() {
+        let bound = backup(json!({"phase": "Ready", "nodeName": "node-a",
+            "disks": [{"name": "vda", "mode": "Full", "inCheckpoint": true}]}));
+        let other = backup(json!({"phase": "Ready", "nodeName": "node-a",
+            "disks": [{"name": "vdb", "mode": "Full", "inCheckpoint": true}]}));
+        let ended = backup(json!({"phase": "Failed", "nodeName": "node-a"}));
+        let unbound = backup(json!({"phase": "Initializing"}));
+        let cases = [
+            ("no backup", "Running", None, Err((Phase::Initializing, Reason::BackupNotFound))),
+            ("not bound", "Running", Some(&unbound), Err((Phase::Initializing, Reason::BackupNotReady))),
+            ("bound", "Running", Some(&bound), Ok(())),
+            ("ended", "Running", Some(&ended), Err((Phase::Failed, Reason::TransferFailed))),
+            ("no such disk", "Running", Some(&other), Err((Phase::Failed, Reason::DiskNotFound))),
+            ("cancelled", "Cancelled", Some(&bound), Err((Phase::Cancelled, Reason::Cancelled))),
+        ];
+        for (what, state, backup, expected) in cases {
+            let found = resolve(&transfer(state), backup).map(drop).map_err(|(phase, why)| (phase, why.reason));
+            assert_eq!(found, expected, "{what}");
+        }
+    }
+}

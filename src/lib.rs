@@ -1,1 +1,4 @@
 //! virtmark
+
+pub mod extent;
+pub mod nbd;

@@ -35,8 +35,10 @@ use crate::extent::{self, Coalescer, Extent};
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time without a byte of the reply that is waited for.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
-/// Bytes of a read request. Larger ones lose the cache: measured on tmpfs, see `reference/imageio.md` 6.2.
-pub const REQUEST: u32 = 256 << 10;
+/// Bytes of a read request: with its head it fits the server's socket buffer (208 KiB by default), so that
+/// QEMU need not wait in the middle of a reply. Measured on tmpfs with 8 in flight: 64 KiB 1,810 MiB/s,
+/// 128 KiB 2,180-2,330, 256 KiB 1,100-1,850, 1 MiB 1,630.
+pub const REQUEST: u32 = 128 << 10;
 /// Read requests in flight.
 pub const WINDOW: usize = 8;
 /// Bytes of a block status request: the most that is a multiple of every block size.

@@ -1,4 +1,5 @@
 //! virtmark
 
 pub mod extent;
+pub mod imageio;
 pub mod nbd;

@@ -320,6 +320,11 @@ impl Slot {
         }
     }
 
+    /// The ticket ended.
+    pub(super) fn closed(&self) -> bool {
+        self.lock().closed
+    }
+
     fn close(&self) {
         let mut kept = self.lock();
         kept.closed = true;

@@ -17,7 +17,10 @@ pub mod api;
 pub mod clock;
 pub mod cluster;
 pub mod controller;
+pub mod extent;
+pub mod imageio;
 #[cfg(feature = "agent")]
 pub mod libvirt;
+pub mod nbd;
 pub mod reason;
 pub mod telemetry;

@@ -13,7 +13,7 @@ fn main() -> anyhow::Result<ExitCode> {
     for crd in virtmark::api::crds() {
         let path = format!("crds/{}.yaml", crd.spec.names.plural);
         let mut yaml = String::from("# made by `cargo run --bin crdgen` from src/api\n");
-        serde_saphyr::to_fmt_writer_with_options(&mut yaml, &crd, plain)?;
+        serde_saphyr::to_fmt_writer_with_options(&mut yaml, &crd, plain.clone())?;
         if fs::read_to_string(&path).is_ok_and(|old| old == yaml) {
             continue;
         }

@@ -1,0 +1,206 @@
+//! From a request's head to the operation it asks for, or a refusal: pure, in imageio's order of checks.
+//!
+//! Method and path first, then the syntax of parameters; tickets and disks are not known here, so that a
+//! malformed request on an unknown ticket is told to be malformed. A path is decoded before it is matched.
+//! Refusals never repeat a path, since it may hold a ticket's id.
+
+use hyper::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE, TRANSFER_ENCODING};
+use hyper::{HeaderMap, Method, StatusCode, Uri};
+
+use super::wire::{self, Range, Refusal};
+
+/// What a request asks for. `ticket` is what the client sent as the ticket's id.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Op {
+    /// `OPTIONS /images/*`: what the server can do.
+    ServerOptions,
+    /// `OPTIONS /images/ID`: what the ticket permits.
+    Options {
+        /// As sent.
+        ticket: String,
+    },
+    /// `GET /images/ID`: bytes.
+    Read {
+        /// As sent.
+        ticket: String,
+        /// All when absent.
+        range: Option<Range>,
+        /// The connection is closed after it (`close=y`).
+        close: bool,
+    },
+    /// `GET /images/ID/extents`; the context is checked after the ticket, as imageio does.
+    Extents {
+        /// As sent.
+        ticket: String,
+        /// Value of `context`.
+        context: Option<String>,
+    },
+    /// `PUT /images/ID`, well formed; tickets here do not permit it.
+    Write {
+        /// As sent.
+        ticket: String,
+    },
+    /// `PATCH /images/ID`; its body is still to be checked.
+    Patch {
+        /// As sent.
+        ticket: String,
+    },
+    /// `GET /info/`: the version.
+    Info,
+}
+
+enum Resource {
+    Image(String),
+    Extents(String),
+    Info,
+}
+
+/// The operation of a request.
+pub fn route(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Op, Refusal> {
+    let resource = resource(uri.path())?;
+    let query = uri.query();
+    match (method.as_str(), resource) {
+        ("OPTIONS", Resource::Image(ticket)) if ticket == "*" => Ok(Op::ServerOptions),
+        ("OPTIONS", Resource::Image(ticket)) => Ok(Op::Options { ticket }),
+        ("GET", Resource::Image(ticket)) => {
+            let mut ranges = headers.get_all(RANGE).iter();
+            let range = ranges.next().map(|value| Range::parse(value.as_bytes())).transpose()?;
+            if ranges.next().is_some() {
+                return Err(Refusal::new(
+                    StatusCode::RANGE_NOT_SATISFIABLE,
+                    "Unsupported range: send one Range",
+                ));
+            }
+            Ok(Op::Read { ticket, range, close: wire::query_value(query, "close").as_deref() == Some("y") })
+        }
+        ("GET", Resource::Extents(ticket)) => {
+            Ok(Op::Extents { ticket, context: wire::query_value(query, "context") })
+        }
+        ("GET", Resource::Info) => Ok(Op::Info),
+        ("PUT", Resource::Image(ticket)) => {
+            check_put(query, headers)?;
+            Ok(Op::Write { ticket })
+        }
+        ("PATCH", Resource::Image(ticket)) => Ok(Op::Patch { ticket }),
+        (method, resource) => Err(refuse_method(method, &resource)),
+    }
+}
+
+fn resource(path: &str) -> Result<Resource, Refusal> {
+    let not_found = |message: &str| Refusal::new(StatusCode::NOT_FOUND, message);
+    let path = wire::percent_decode(path)
+        .ok_or_else(|| Refusal::bad_request("Invalid percent encoding in the path"))?;
+    if path == "/info/" {
+        return Ok(Resource::Info);
+    }
+    let image = path.strip_prefix("/images/").ok_or_else(|| not_found("No handler for this path"))?;
+    let (ticket, rest) = image.split_once('/').map_or((image, None), |(ticket, rest)| (ticket, Some(rest)));
+    if ticket.is_empty() {
+        return Err(Refusal::bad_request("Ticket id is required"));
+    }
+    match rest {
+        None => Ok(Resource::Image(ticket.to_owned())),
+        Some("extents") => Ok(Resource::Extents(ticket.to_owned())),
+        Some("checksum" | "checksum/algorithms") => {
+            Err(not_found("Checksum is not supported by this server"))
+        }
+        Some(_) => Err(not_found("No handler for this path of an image; did you mean /extents?")),
+    }
+}
+
+fn check_put(query: Option<&str>, headers: &HeaderMap) -> Result<(), Refusal> {
+    if let Some(flush) =
+        wire::query_value(query, "flush").filter(|flush| !matches!(flush.as_str(), "y" | "n"))
+    {
+        drop(flush);
+        return Err(Refusal::bad_request("Invalid value for \"flush\": use y or n"));
+    }
+    // That it is a number was checked when the request was read.
+    if headers.contains_key(TRANSFER_ENCODING) || !headers.contains_key(CONTENT_LENGTH) {
+        return Err(Refusal::bad_request("Content-Length header is required"));
+    }
+    headers.get(CONTENT_RANGE).map(|value| wire::content_range(value.as_bytes())).transpose()?;
+    Ok(())
+}
+
+fn refuse_method(method: &str, resource: &Resource) -> Refusal {
+    let allow = match resource {
+        Resource::Image(_) => "OPTIONS,GET,PUT,PATCH",
+        Resource::Extents(_) | Resource::Info => "GET",
+    };
+    let known = matches!(method, "OPTIONS" | "GET" | "PUT" | "PATCH" | "POST" | "DELETE" | "HEAD");
+    let message = if known {
+        format!("Method '{method}' not defined for this resource")
+    } else {
+        format!("Invalid method '{method}'")
+    };
+    Refusal { allow: Some(allow), ..Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(method: &str, uri: &str, headers: &[(&str, &str)]) -> Result<Op, u16> {
+        let request = headers
+            .iter()
+            .fold(hyper::Request::builder().method(method).uri(uri), |request, (name, value)| {
+                request.header(*name, *value)
+            });
+        let (parts, ()) = request.body(()).unwrap().into_parts();
+        route(&parts.method, &parts.uri, &parts.headers).map_err(|refusal| refusal.status.as_u16())
+    }
+
+    #[test]
+    fn requests_become_operations() {
+        let ticket = || "ID".to_owned();
+        assert_eq!(ask("OPTIONS", "/images/ID", &[]), Ok(Op::Options { ticket: ticket() }));
+        assert_eq!(ask("OPTIONS", "/images/*", &[]), Ok(Op::ServerOptions));
+        assert_eq!(ask("GET", "/info/", &[]), Ok(Op::Info));
+        let read = |range, close| Ok(Op::Read { ticket: ticket(), range, close });
+        assert_eq!(ask("GET", "/images/ID?close=n&close=y&x=1", &[]), read(None, true));
+        assert_eq!(
+            ask("GET", "/images/%49D", &[("range", "bytes=1-")]),
+            read(Some(Range { first: 1, last: None }), false)
+        );
+        let extents =
+            |context: Option<&str>| Ok(Op::Extents { ticket: ticket(), context: context.map(str::to_owned) });
+        assert_eq!(ask("GET", "/images/ID/extents", &[]), extents(None));
+        assert_eq!(ask("GET", "/images/ID/extents?context=a&context=dirty", &[]), extents(Some("dirty")));
+        let length = ("content-length", "10");
+        assert_eq!(
+            ask("PUT", "/images/ID?flush=n", &[length, ("content-range", "bytes 0-9/*")]),
+            Ok(Op::Write { ticket: ticket() })
+        );
+        assert_eq!(ask("PATCH", "/images/ID", &[]), Ok(Op::Patch { ticket: ticket() }));
+    }
+
+    #[test]
+    fn the_rest_is_refused() {
+        for (method, uri, headers, status) in [
+            ("GET", "/", &[][..], 404),
+            ("GET", "/images", &[], 404),
+            ("GET", "/info", &[], 404),
+            ("GET", "/images/", &[], 400),
+            ("GET", "/images//extents", &[], 400),
+            ("GET", "/images/ID/", &[], 404),
+            ("GET", "/images/ID/extentsfoo", &[], 404),
+            ("GET", "/images/ID/checksum", &[], 404),
+            ("GET", "/images/%zz", &[], 400),
+            ("GET", "/images/%ff", &[], 400),
+            ("HEAD", "/images/ID", &[], 405),
+            ("POST", "/images/ID", &[], 405),
+            ("FOO", "/images/ID", &[], 405),
+            ("PUT", "/images/ID/extents", &[], 405),
+            ("PUT", "/info/", &[], 405),
+            ("GET", "/images/ID", &[("range", "bytes=-5")], 416),
+            ("GET", "/images/ID", &[("range", "bytes=0-1"), ("range", "bytes=3-4")], 416),
+            ("PUT", "/images/ID", &[], 400),
+            ("PUT", "/images/ID", &[("transfer-encoding", "chunked")], 400),
+            ("PUT", "/images/ID?flush=maybe", &[("content-length", "1")], 400),
+            ("PUT", "/images/ID", &[("content-length", "1"), ("content-range", "bytes */9")], 400),
+        ] {
+            assert_eq!(ask(method, uri, headers), Err(status), "{method} {uri} {headers:?}");
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! The server: listens, accepts, and drives one HTTP/1.1 connection a task.
+//!
+//! ```text
+//! bind -> ImageServer (addresses known) -> serve(shutdown)
+//!           TCP+TLS, TCP+TLS, ..., unix socket
+//!             \-- accept, under one limit of connections --> TLS --> hyper --> service
+//! ```
+//!
+//! A connection ends by its client, when it stood still for too long, when a ticket it works on ends, or a
+//! few seconds after `shutdown`. The unix socket is made with its mode before it can be connected to.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use super::connection::{Connection, Socket};
+use super::journal::Journal;
+use super::service::Service;
+use super::tickets::Tickets;
+
+/// Time for a TLS handshake.
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time that operations have to end after the shutdown.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+/// Longest head of a request, in bytes.
+const MAX_HEAD: usize = 32 << 10;
+/// Most headers of a request.
+const MAX_HEADERS: usize = 64;
+/// hyper's buffers: one frame of a body is taken at a time, since each is larger.
+const MAX_BUFFER: usize = 64 << 10;
+/// Connections waiting to be accepted.
+const BACKLOG: u32 = 128;
+
+/// What the server listens on, and its limits.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// TCP addresses, all with TLS; port 0 for any.
+    pub addresses: Vec<SocketAddr>,
+    /// TLS of the TCP addresses, see [`super::tls`].
+    pub tls: Option<Arc<ServerConfig>>,
+    /// Path of a unix socket, without TLS.
+    pub unix_socket: Option<PathBuf>,
+    /// Its mode.
+    pub unix_mode: u32,
+    /// Time a connection has until a ticket permits it something.
+    pub idle_before_ticket: Duration,
+    /// Time a connection may stand still after that.
+    pub idle: Duration,
+    /// Connections at a time; more wait to be accepted.
+    pub max_connections: usize,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            addresses: Vec::new(),
+            tls: None,
+            unix_socket: None,
+            unix_mode: 0o660,
+            idle_before_ticket: Duration::from_secs(60),
+            idle: Duration::from_secs(1800),
+            max_connections: 512,
+        }
+    }
+}
+
+/// Why the server cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// A TCP address without TLS.
+    #[error("TCP addresses need TLS: give a certificate and its key")]
+    NoTls,
+    /// A TCP address cannot be used.
+    #[error("cannot listen on {address}")]
+    Tcp {
+        /// The address.
+        address: SocketAddr,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The unix socket cannot be made.
+    #[error("cannot listen on {}", path.display())]
+    Unix {
+        /// Its path.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Something else is at the unix socket's path.
+    #[error("{} is not a socket; it is left alone: choose another path", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Another server answers at the unix socket's path.
+    #[error("another server answers on {}; stop it first", path.display())]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+}
+
+/// A server that listens.
+#[derive(Debug)]
+pub struct ImageServer {
+    tickets: Tickets,
+    config: Config,
+    addresses: Vec<SocketAddr>,
+    tcp: Vec<TcpListener>,
+    unix: Option<UnixListener>,
+}
+
+impl ImageServer {
+    /// Listens. A socket file that nobody answers on is replaced.
+    pub async fn bind(config: Config, tickets: Tickets) -> Result<ImageServer, BindError> {
+        if config.tls.is_none() && !config.addresses.is_empty() {
+            return Err(BindError::NoTls);
+        }
+        let (mut tcp, mut addresses) = (Vec::new(), Vec::new());
+        for address in &config.addresses {
+            let failed = |source| BindError::Tcp { address: *address, source };
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            addresses.push(listener.local_addr().map_err(failed)?);
+            tcp.push(listener);
+        }
+        let unix = match &config.unix_socket {
+            Some(path) => Some(bind_unix(path, config.unix_mode).await?),
+            None => None,
+        };
+        Ok(ImageServer { tickets, config, addresses, tcp, unix })
+    }
+
+    /// The TCP addresses, with the ports that the kernel chose.
+    #[must_use]
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Serves until `shutdown`, then at most a few seconds more for the operations that run.
+    pub async fn serve(self, shutdown: CancellationToken) {
+        let ImageServer { tickets, config, tcp, unix, .. } = self;
+        let shared = Arc::new(Shared {
+            tickets,
+            unix_socket: config.unix_socket.as_deref().and_then(Path::to_str).map(Arc::from),
+            limit: Arc::new(Semaphore::new(config.max_connections)),
+            config,
+            connections: AtomicU64::new(0),
+            tracker: TaskTracker::new(),
+            shutdown,
+        });
+        let listeners = TaskTracker::new();
+        for listener in tcp {
+            if let Some(tls) = shared.config.tls.clone() {
+                listeners.spawn(Arc::clone(&shared).accept_tcp(listener, TlsAcceptor::from(tls)));
+            }
+        }
+        if let Some(listener) = unix {
+            listeners.spawn(Arc::clone(&shared).accept_unix(listener));
+        }
+        listeners.close();
+        listeners.wait().await;
+        shared.shutdown.cancelled().await;
+        if let Some(path) = &shared.config.unix_socket {
+            // Whoever starts next replaces it anyway.
+            let _ = std::fs::remove_file(path);
+        }
+        shared.tracker.close();
+        shared.tracker.wait().await;
+    }
+}
+
+async fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener, BindError> {
+    let failed = |source| BindError::Unix { path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(BindError::NotASocket { path: path.to_owned() });
+        }
+        Ok(_) if UnixStream::connect(path).await.is_ok() => {
+            return Err(BindError::InUse { path: path.to_owned() });
+        }
+        Ok(_) => std::fs::remove_file(path).map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let socket = UnixSocket::new_stream().map_err(failed)?;
+    socket.bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(failed)?;
+    socket.listen(BACKLOG).map_err(failed)
+}
+
+/// What all connections share.
+struct Shared {
+    tickets: Tickets,
+    unix_socket: Option<Arc<str>>,
+    config: Config,
+    limit: Arc<Semaphore>,
+    connections: AtomicU64,
+    tracker: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl Shared {
+    async fn accept_tcp(self: Arc<Self>, listener: TcpListener, tls: TlsAcceptor) {
+        while let Some((stream, client, permit)) = self.next(|| listener.accept()).await {
+            let (shared, tls) = (Arc::clone(&self), tls.clone());
+            self.tracker.spawn(async move {
+                if let Err(error) = stream.set_nodelay(true) {
+                    debug!(%client, %error, "cannot set TCP_NODELAY");
+                }
+                match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => shared.drive(stream, client.to_string()).await,
+                    Ok(Err(error)) => debug!(%client, %error, "TLS handshake failed"),
+                    Err(_) => debug!(%client, "TLS handshake took too long"),
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    async fn accept_unix(self: Arc<Self>, listener: UnixListener) {
+        while let Some((stream, _, permit)) = self.next(|| listener.accept()).await {
+            let shared = Arc::clone(&self);
+            self.tracker.spawn(async move {
+                shared.drive(stream, "unix".to_owned()).await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// The next connection, when the limit permits one; `None` at shutdown.
+    async fn next<S, A, F>(&self, accept: impl Fn() -> F) -> Option<(S, A, tokio::sync::OwnedSemaphorePermit)>
+    where
+        F: Future<Output = io::Result<(S, A)>>,
+    {
+        let accepted = async {
+            let permit = Arc::clone(&self.limit).acquire_owned().await.ok()?;
+            loop {
+                match accept().await {
+                    Ok((stream, client)) => return Some((stream, client, permit)),
+                    Err(error) => {
+                        // Out of file descriptors, mostly: others will be closed.
+                        warn!(%error, "cannot accept a connection");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+        };
+        self.shutdown.run_until_cancelled(accepted).await.flatten()
+    }
+
+    /// Serves one connection to its end.
+    async fn drive<T>(&self, stream: T, client: String)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let number = self.connections.fetch_add(1, Ordering::Relaxed);
+        let connection = Connection::new(Journal::new(number, client));
+        let service = Arc::new(Service {
+            tickets: self.tickets.clone(),
+            unix_socket: self.unix_socket.clone(),
+            connection: Arc::clone(&connection),
+        });
+        let socket = TokioIo::new(Socket::new(stream, Arc::clone(&connection)));
+        let served = http1::Builder::new()
+            .max_headers(MAX_HEADERS)
+            .max_header_size(MAX_HEAD)
+            .max_buf_size(MAX_BUFFER)
+            .serve_connection(socket, service_fn(move |request| Arc::clone(&service).answer(request)));
+        let mut served = std::pin::pin!(served);
+        let cut = tokio::select! {
+            ended = served.as_mut() => return ended.unwrap_or_else(|error| debug!(connection = number, %error, "connection failed")),
+            () = connection.cut.cancelled() => "a ticket ended",
+            () = connection.expired(self.config.idle_before_ticket, self.config.idle) => "idle",
+            () = self.shutdown.cancelled() => "shutdown",
+        };
+        debug!(connection = number, reason = cut, "connection is closed by the server");
+        if cut == "shutdown" {
+            served.as_mut().graceful_shutdown();
+            // In time or not: either way it is over.
+            let _ = tokio::time::timeout(SHUTDOWN_GRACE, served).await;
+        }
+    }
+}

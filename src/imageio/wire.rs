@@ -1,0 +1,405 @@
+//! The texts of the images API: ranges, refusals, the OPTIONS document, extents as JSON.
+//!
+//! Pure: text in, values out, and back. What a compatible server must say is in `reference/imageio.md`
+//! section 1; HTTP's own rules are RFC 9110 and 9112. Nothing here knows a ticket, a socket or a disk.
+
+use bytes::{BufMut as _, BytesMut};
+use hyper::StatusCode;
+use serde::Serialize;
+
+use crate::extent::{Coalescer, Extent, Flags};
+
+/// Longest request line that is served, in bytes, as in Python's `http.server`.
+pub const MAX_REQUEST_LINE: usize = 4096;
+
+/// An answer that is no success: one line of text.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// The line; imageio's clients show it to their user.
+    pub message: String,
+    /// Bytes of the disk, for `content-range: bytes */SIZE`.
+    pub size: Option<u64>,
+    /// Methods of the resource, for `allow`.
+    pub allow: Option<&'static str>,
+}
+
+impl Refusal {
+    /// A refusal without further headers.
+    #[must_use]
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Refusal {
+        Refusal { status, message: message.into(), size: None, allow: None }
+    }
+
+    /// 400 with a message.
+    #[must_use]
+    pub fn bad_request(message: impl Into<String>) -> Refusal {
+        Refusal::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    /// 403 with imageio's words.
+    #[must_use]
+    pub fn forbidden(why: &str) -> Refusal {
+        let message = format!("You are not allowed to access this resource: {why}");
+        Refusal::new(StatusCode::FORBIDDEN, message)
+    }
+
+    /// 500 with imageio's words, which tell a client nothing of the node.
+    #[must_use]
+    pub fn internal() -> Refusal {
+        let message = "Server failed to perform the request, check logs";
+        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+}
+
+/// A `Range` of the only form that is served: `bytes=FIRST-` or `bytes=FIRST-LAST`.
+///
+/// Every other form is refused: RFC 9110 allows a server to ignore it, but whoever writes the whole disk to
+/// the place of a part corrupts a backup.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    /// First byte.
+    pub first: u64,
+    /// Last byte, that is included.
+    pub last: Option<u64>,
+}
+
+impl Range {
+    /// Reads the header's value; 416 when it is of another form.
+    pub fn parse(value: &[u8]) -> Result<Range, Refusal> {
+        let refused = || {
+            let message = "Unsupported range: use bytes=FIRST-LAST or bytes=FIRST-";
+            Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, message)
+        };
+        let text = std::str::from_utf8(value).ok().and_then(|text| text.strip_prefix("bytes="));
+        let (first, last) = text.and_then(|text| text.split_once('-')).ok_or_else(refused)?;
+        let first = number(first).ok_or_else(refused)?;
+        let last = if last.is_empty() { None } else { Some(number(last).ok_or_else(refused)?) };
+        if last.is_some_and(|last| last < first) {
+            return Err(refused());
+        }
+        Ok(Range { first, last })
+    }
+
+    /// The bytes `start..end` that are meant, of a ticket for `ticket` bytes on an image of `image` bytes.
+    /// An explicit end is never clamped.
+    pub fn resolve(range: Option<Range>, ticket: u64, image: u64) -> Result<(u64, u64), Refusal> {
+        let available = ticket.min(image);
+        let Some(Range { first, last }) = range else { return Ok((0, available)) };
+        let refused = |message: &str| Refusal {
+            size: Some(available),
+            ..Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, message)
+        };
+        let end = last.map_or(Some(available), |last| last.checked_add(1));
+        match end {
+            Some(end) if end <= ticket && first < ticket => {
+                if end > image || first >= image {
+                    return Err(refused("Requested more bytes than available"));
+                }
+                Ok((first, end))
+            }
+            _ => Err(refused("Requested range out of allowed range")),
+        }
+    }
+}
+
+/// A number of decimal digits only: no sign, no space.
+fn number(text: &str) -> Option<u64> {
+    (!text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())).then(|| text.parse().ok()).flatten()
+}
+
+/// The offset of a PUT: `bytes FIRST-(LAST|*)/(TOTAL|*)`, of which only FIRST counts.
+pub fn content_range(value: &[u8]) -> Result<u64, Refusal> {
+    let refused = || Refusal::bad_request("Invalid Content-Range: use bytes FIRST-LAST/*");
+    let text = std::str::from_utf8(value).ok().and_then(|text| text.strip_prefix("bytes "));
+    let (first, rest) = text.and_then(|text| text.split_once('-')).ok_or_else(refused)?;
+    let (last, total) = rest.split_once('/').ok_or_else(refused)?;
+    let open = |text| if text == "*" { Some(None) } else { number(text).map(Some) };
+    let (first, last, total) = (number(first), open(last), open(total));
+    let (Some(first), Some(last), Some(total)) = (first, last, total) else { return Err(refused()) };
+    let backwards = last.is_some_and(|last| first > last);
+    let beyond = total.is_some_and(|total| last.unwrap_or(first) >= total);
+    if backwards || beyond { Err(refused()) } else { Ok(first) }
+}
+
+/// Checks the body of a PATCH: `{"op": "zero", "size": N, ...}` or `{"op": "flush"}`.
+pub fn check_patch(body: &[u8]) -> Result<(), Refusal> {
+    let value: serde_json::Value = serde_json::from_slice(body)
+        .map_err(|error| Refusal::bad_request(format!("Invalid JSON message: {error}")))?;
+    let object =
+        value.as_object().ok_or_else(|| Refusal::bad_request("Invalid JSON message: not an object"))?;
+    let op = object.get("op").ok_or_else(|| Refusal::bad_request("Missing required value for \"op\""))?;
+    match op.as_str() {
+        Some("flush") => return Ok(()),
+        Some("zero") => {}
+        _ => return Err(Refusal::bad_request("Unknown operation: use zero or flush")),
+    }
+    if !object.contains_key("size") {
+        return Err(Refusal::bad_request("Missing required value for \"size\""));
+    }
+    let natural = |key| object.get(key).is_none_or(serde_json::Value::is_u64);
+    if !natural("size") || !natural("offset") {
+        return Err(Refusal::bad_request("Integer required, 0 or more, for \"size\" and \"offset\""));
+    }
+    if !object.get("flush").is_none_or(serde_json::Value::is_boolean) {
+        return Err(Refusal::bad_request("Boolean required for \"flush\""));
+    }
+    Ok(())
+}
+
+/// The document that OPTIONS answers.
+#[derive(Clone, Debug, Serialize)]
+pub struct Options<'a> {
+    /// Path of the unix socket that serves the same, when there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unix_socket: Option<&'a str>,
+    /// What is served besides GET.
+    pub features: &'static [&'static str],
+    /// Connections that a client should open at most; more are served too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_readers: Option<u32>,
+    /// The same for writing. Always 1: clients expect the key, tickets here only read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_writers: Option<u32>,
+    /// Bytes of the disk. Ours; clients ignore what they do not know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+}
+
+/// What extents tell.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Context {
+    /// Which bytes read as zero.
+    Zero,
+    /// Which bytes changed.
+    Dirty,
+}
+
+impl Context {
+    /// Reads the query's value, absent for zero.
+    pub fn parse(value: Option<&str>) -> Result<Context, Refusal> {
+        match value {
+            None | Some("zero") => Ok(Context::Zero),
+            Some("dirty") => Ok(Context::Dirty),
+            Some(_) => Err(Refusal::bad_request("Invalid context: use zero or dirty")),
+        }
+    }
+}
+
+/// Writes extents as a JSON list, one at a time; neighbours that tell the same are joined.
+#[derive(Debug)]
+pub struct ExtentsJson {
+    context: Context,
+    coalescer: Coalescer,
+    begun: bool,
+}
+
+impl ExtentsJson {
+    /// A list that tells of `context`.
+    #[must_use]
+    pub fn new(context: Context) -> ExtentsJson {
+        ExtentsJson { context, coalescer: Coalescer::default(), begun: false }
+    }
+
+    /// Takes the next extent; appends what is known to `out`.
+    pub fn push(&mut self, extent: Extent, out: &mut BytesMut) {
+        let mask = match self.context {
+            Context::Zero => Flags::ZERO.union(Flags::HOLE),
+            Context::Dirty => Flags::ZERO.union(Flags::DIRTY),
+        };
+        if let Some(done) = self.coalescer.push(extent.masked(mask)) {
+            self.write(done, out);
+        }
+    }
+
+    /// Appends the end of the list.
+    pub fn finish(&mut self, out: &mut BytesMut) {
+        if let Some(last) = self.coalescer.finish() {
+            self.write(last, out);
+        }
+        out.put_slice(if self.begun { b"]\n" } else { b"[]\n" });
+    }
+
+    fn write(&mut self, extent: Extent, out: &mut BytesMut) {
+        let before = if std::mem::replace(&mut self.begun, true) { ", " } else { "[" };
+        let Extent { start, length, .. } = extent;
+        let (zero, hole, dirty) = (extent.zero(), extent.hole(), extent.dirty());
+        let text = match self.context {
+            Context::Zero => {
+                format!(r#"{before}{{"start": {start}, "length": {length}, "zero": {zero}, "hole": {hole}}}"#)
+            }
+            Context::Dirty => {
+                format!(
+                    r#"{before}{{"start": {start}, "length": {length}, "dirty": {dirty}, "zero": {zero}}}"#
+                )
+            }
+        };
+        out.put_slice(text.as_bytes());
+    }
+}
+
+/// Decodes `%XX`; text that is then no UTF-8, or a `%` without two digits, is none.
+#[must_use]
+pub fn percent_decode(text: &str) -> Option<String> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte == b'%' {
+            let digit = |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16));
+            let value = digit(bytes.next())? << 4 | digit(bytes.next())?;
+            out.push(u8::try_from(value).ok()?);
+        } else {
+            out.push(byte);
+        }
+    }
+    String::from_utf8(out).ok()
+}
+
+/// The last value of `key` in a query.
+#[must_use]
+pub fn query_value(query: Option<&str>, key: &str) -> Option<String> {
+    let pairs = query?.split('&').filter_map(|pair| pair.split_once('='));
+    let value = pairs.filter(|(name, _)| *name == key).map(|(_, value)| value).next_back()?;
+    percent_decode(&value.replace('+', " "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn ranges_come_back(first: u64, more in 0..1_000_000u64) {
+            let last = first.saturating_add(more);
+            prop_assert_eq!(Range::parse(format!("bytes={first}-").as_bytes()), Ok(Range { first, last: None }));
+            prop_assert_eq!(
+                Range::parse(format!("bytes={first}-{last}").as_bytes()),
+                Ok(Range { first, last: Some(last) })
+            );
+            prop_assert_eq!(content_range(format!("bytes {first}-{last}/*").as_bytes()), Ok(first));
+        }
+
+        #[test]
+        fn resolved_ranges_are_inside_or_refused(first: u8, last: Option<u8>, ticket: u8, image: u8) {
+            prop_assume!(last.is_none_or(|last| first <= last));
+            let range = Range { first: first.into(), last: last.map(u64::from) };
+            if let Ok((start, end)) = Range::resolve(Some(range), ticket.into(), image.into()) {
+                prop_assert!(start == range.first && start <= end && end <= u64::from(ticket.min(image)));
+                prop_assert!(range.last.is_none_or(|last| end == last + 1));
+            }
+        }
+
+        #[test]
+        fn any_text_parses_without_panic(bytes: Vec<u8>, text: String) {
+            let _ = (Range::parse(&bytes), content_range(&bytes), check_patch(&bytes));
+            let _ = (percent_decode(&text), query_value(Some(&text), "a"));
+        }
+    }
+
+    #[test]
+    fn other_ranges_are_refused() {
+        for text in [
+            "",
+            "bytes",
+            "bytes=",
+            "bytes=-",
+            "bytes=-5",
+            "bytes=1-2,4-5",
+            "bytes=2-1",
+            "Bytes=1-2",
+            "bytes= 1-2",
+            "bytes=1-2 ",
+            "bytes=+1-2",
+            "items=1-2",
+            "bytes=99999999999999999999-",
+            "bytes=0-99999999999999999999",
+        ] {
+            let refusal = Range::parse(text.as_bytes()).unwrap_err();
+            assert_eq!((refusal.status.as_u16(), refusal.size), (416, None), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_explicit_end_is_never_clamped() {
+        let range = |first, last| Some(Range { first, last });
+        assert_eq!(Range::resolve(None, 100, 90), Ok((0, 90)));
+        assert_eq!(Range::resolve(range(10, None), 100, 90), Ok((10, 90)));
+        assert_eq!(Range::resolve(range(0, Some(89)), 100, 90), Ok((0, 90)));
+        let refused = |range| Range::resolve(range, 100, 90).unwrap_err().message;
+        assert_eq!(refused(range(0, Some(90))), "Requested more bytes than available");
+        assert_eq!(refused(range(90, None)), "Requested more bytes than available");
+        assert_eq!(refused(range(0, Some(100))), "Requested range out of allowed range");
+        assert_eq!(refused(range(100, None)), "Requested range out of allowed range");
+        assert_eq!(refused(range(0, Some(u64::MAX))), "Requested range out of allowed range");
+    }
+
+    #[test]
+    fn content_ranges_that_lie_are_refused() {
+        for text in
+            ["bytes */10", "bytes 5-4/*", "bytes 0-9/9", "bytes 9-*/9", "0-9/*", "bytes 0-9", "bytes a-9/*"]
+        {
+            assert_eq!(content_range(text.as_bytes()).unwrap_err().status.as_u16(), 400, "{text}");
+        }
+        assert_eq!(content_range(b"bytes 5-*/*"), Ok(5));
+    }
+
+    #[test]
+    fn patches_are_checked() {
+        for good in [
+            r#"{"op":"flush"}"#,
+            r#"{"op":"zero","size":0}"#,
+            r#"{"op":"zero","size":1,"offset":2,"flush":true}"#,
+        ] {
+            assert_eq!(check_patch(good.as_bytes()), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            "[]",
+            "{}",
+            "null",
+            r#"{"op":"trim"}"#,
+            r#"{"op":"zero"}"#,
+            r#"{"op":"zero","size":-1}"#,
+            r#"{"op":"zero","size":"1"}"#,
+            r#"{"op":"zero","size":1,"offset":1.5}"#,
+            r#"{"op":"zero","size":1,"flush":1}"#,
+        ] {
+            assert_eq!(check_patch(bad.as_bytes()).unwrap_err().status.as_u16(), 400, "{bad}");
+        }
+    }
+
+    #[test]
+    fn extents_are_the_lists_that_clients_read() {
+        let extents = [
+            Extent { start: 0, length: 10, flags: Flags::DATA },
+            Extent { start: 10, length: 5, flags: Flags::DIRTY },
+            Extent { start: 15, length: 5, flags: Flags::ZERO.union(Flags::HOLE) },
+        ];
+        let list = |context, extents: &[Extent]| {
+            let (mut json, mut out) = (ExtentsJson::new(context), BytesMut::new());
+            extents.iter().for_each(|extent| json.push(*extent, &mut out));
+            json.finish(&mut out);
+            String::from_utf8(out.to_vec()).unwrap()
+        };
+        assert_eq!(
+            list(Context::Zero, &extents),
+            concat!(
+                r#"[{"start": 0, "length": 15, "zero": false, "hole": false}, "#,
+                r#"{"start": 15, "length": 5, "zero": true, "hole": true}]"#,
+                "\n"
+            )
+        );
+        assert_eq!(
+            list(Context::Dirty, &extents),
+            concat!(
+                r#"[{"start": 0, "length": 10, "dirty": false, "zero": false}, "#,
+                r#"{"start": 10, "length": 5, "dirty": true, "zero": false}, "#,
+                r#"{"start": 15, "length": 5, "dirty": false, "zero": true}]"#,
+                "\n"
+            )
+        );
+        assert_eq!(list(Context::Zero, &[]), "[]\n");
+    }
+}

@@ -95,7 +95,8 @@ pub async fn release<K>(api: &Api<K>, object: &K) -> Result<(), kube::Error>
 where
     K: Resource + Clone + Debug + Serialize + DeserializeOwned,
 {
-    let left: Vec<_> = object.finalizers().iter().filter(|finalizer| *finalizer != FINALIZER).cloned().collect();
+    let left: Vec<_> =
+        object.finalizers().iter().filter(|finalizer| *finalizer != FINALIZER).cloned().collect();
     if left.len() == object.finalizers().len() {
         return Ok(());
     }

@@ -8,13 +8,14 @@ use kube::Client;
 use super::backup::act::{Host, HostError};
 use super::registry::{Live, Registry};
 use super::state::{Record, StateError};
+use super::transfer::StoredTicket;
 use crate::cluster::Events;
 use crate::imageio::{self, Coverage, End, SharedCoverage, Tickets};
 use crate::libvirt::LibvirtError;
 use crate::nbd::{Export, NbdError};
 
 /// How long an ended ticket's requests may take to notice.
-const DRAIN: Duration = Duration::from_secs(10);
+pub(super) const DRAIN: Duration = Duration::from_secs(10);
 
 /// What a reconciler could not do.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,9 @@ pub enum AgentError {
     /// The checkpoint that the operator made is not there.
     #[error("VmCheckpoint {0} does not exist")]
     NoCheckpoint(String),
+    /// The operating system gave no random bytes.
+    #[error("no random bytes for a ticket: {0}")]
+    Random(#[source] std::io::Error),
     /// A blocking thread died.
     #[error("a host action did not come back")]
     Lost,
@@ -109,14 +113,13 @@ impl Context {
     }
 
     /// The coverage of a disk: what was stored of it, or nothing served yet.
-    pub fn coverage(&self, live: &Live, record: &Record, disk: &str) -> SharedCoverage {
+    pub fn coverage(&self, live: &Live, record: &Record, disk: &str) -> Arc<SharedCoverage> {
         let size =
             record.disks.iter().find(|planned| planned.target == disk).map_or(0, |planned| planned.size);
         live.coverage(disk, || {
             let stored = self.host.state.coverage(&record.uid, disk);
-            let kept =
-                stored.and_then(|bytes| Coverage::decode(&bytes).ok()).filter(|kept| kept.size() == size);
-            SharedCoverage::new(kept.unwrap_or_else(|| Coverage::new(size)))
+            let kept = stored.and_then(|bytes| Coverage::decode(&bytes, size).ok());
+            kept.unwrap_or_else(|| Coverage::new(size))
         })
     }
 
@@ -136,10 +139,8 @@ impl Context {
 
     /// Stores what was served of each disk: what is not stored counts as unread after a crash.
     pub fn store_coverage(&self, uid: &str, live: &Live) {
-        for (disk, coverage) in live.coverages() {
-            if let Some(encoded) = coverage.changed()
-                && let Err(error) = self.host.state.store_coverage(uid, &disk, &encoded)
-            {
+        for (disk, encoded) in live.to_store() {
+            if let Err(error) = self.host.state.store_coverage(uid, &disk, &encoded) {
                 tracing::warn!(backup = uid, disk, %error, "coverage was not stored");
             }
         }
@@ -147,10 +148,10 @@ impl Context {
 
     /// Ends every ticket of a backup, and waits a little for their requests.
     pub async fn end_tickets(&self, uid: &str) {
-        for transfer in self.tickets.of_backup(uid) {
-            self.tickets.end(&transfer, End::Canceled);
-            let drained = tokio::time::timeout(DRAIN, self.tickets.drained(&transfer)).await;
-            if drained.is_err() {
+        let stored = self.host.state.tickets::<StoredTicket>(uid).unwrap_or_default();
+        for (transfer, _) in stored {
+            self.tickets.end(&transfer, End::Removed);
+            if !self.tickets.drained(&transfer, DRAIN).await {
                 tracing::warn!(backup = uid, transfer, "requests on an ended ticket go on");
             }
         }

@@ -10,6 +10,7 @@
 //! new ticket Secrets. It never writes spec, metadata or finalizers, and never talks to the operator.
 
 pub mod backup;
+mod certificate;
 pub mod checkpoint;
 pub mod config;
 mod context;

@@ -12,7 +12,7 @@ use kube::runtime::reflector::ObjectRef;
 
 use super::state::Record;
 use crate::api::{ImageTransfer, VmBackup, VmCheckpoint};
-use crate::imageio::SharedCoverage;
+use crate::imageio::{Coverage, SharedCoverage};
 
 /// One backup of this node.
 pub struct Live {
@@ -31,7 +31,7 @@ pub struct Live {
 #[derive(Default)]
 struct Served {
     /// Per disk, which bytes were served.
-    coverage: BTreeMap<String, SharedCoverage>,
+    coverage: BTreeMap<String, Kept>,
     /// Per disk, bytes that must be read, served or not.
     required: BTreeMap<String, u64>,
     /// Per disk, bytes that must be read and were not, as last counted.
@@ -42,6 +42,12 @@ struct Served {
     unseen: HashSet<String>,
     /// When its end was seen first.
     ended_at: Option<Timestamp>,
+}
+
+/// A disk's coverage, and how much of it is stored.
+struct Kept {
+    coverage: Arc<SharedCoverage>,
+    stored: u64,
 }
 
 impl Live {
@@ -57,13 +63,25 @@ impl Live {
     }
 
     /// The coverage of a disk; made by `make` when it is asked for first.
-    pub fn coverage(&self, disk: &str, make: impl FnOnce() -> SharedCoverage) -> SharedCoverage {
-        self.served().coverage.entry(disk.to_owned()).or_insert_with(make).clone()
+    pub fn coverage(&self, disk: &str, make: impl FnOnce() -> Coverage) -> Arc<SharedCoverage> {
+        let mut served = self.served();
+        let kept = served.coverage.entry(disk.to_owned()).or_insert_with(|| {
+            let coverage = SharedCoverage::new(make());
+            Kept { stored: coverage.transferred(), coverage }
+        });
+        Arc::clone(&kept.coverage)
     }
 
-    /// Every disk's coverage that there is.
-    pub fn coverages(&self) -> Vec<(String, SharedCoverage)> {
-        self.served().coverage.iter().map(|(disk, coverage)| (disk.clone(), coverage.clone())).collect()
+    /// The coverage, encoded, of each disk of which more was served since the last call.
+    pub fn to_store(&self) -> Vec<(String, Vec<u8>)> {
+        let mut served = self.served();
+        let moved = served.coverage.iter_mut().filter_map(|(disk, kept)| {
+            let transferred = kept.coverage.transferred();
+            let moved = transferred != kept.stored;
+            kept.stored = transferred;
+            moved.then(|| (disk.clone(), kept.coverage.encode()))
+        });
+        moved.collect()
     }
 
     fn served(&self) -> MutexGuard<'_, Served> {

@@ -5,14 +5,15 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::{StreamExt as _, TryFutureExt as _, channel::mpsc};
+use futures::{StreamExt as _, channel::mpsc};
 use k8s_openapi::jiff::SignedDuration;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
 use kube::runtime::{Controller, watcher};
-use kube::{Api, Client, Config as KubeConfig, ResourceExt as _};
+use kube::{Api, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
 use super::backup::act::Host;
+use super::certificate::Certificate;
 use super::config::Config;
 use super::context::{AgentError, Context};
 use super::inventory::Inventory;
@@ -22,8 +23,8 @@ use super::transfer::StoredTicket;
 use super::{backup, checkpoint, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
-use crate::cluster::Events;
-use crate::imageio::{ImageServer, Tickets};
+use crate::cluster::{self, Events};
+use crate::imageio::{self, ImageServer, Tickets};
 use crate::libvirt::{self, Libvirt, Notice};
 
 /// How often the inventory is read although libvirt said nothing.
@@ -43,9 +44,9 @@ const STORE: Duration = Duration::from_secs(5);
 /// # Errors
 /// When it cannot start: the API server, the directories or the certificate.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
-    let client = connect(&config).await?;
+    let client = cluster::connect(config.kubeconfig.as_deref()).await?;
     let state = StateDir::open(&config.state_dir, &config.run_dir)?;
-    let tls = super::super::imageio::tls::load_or_make(&config).context("the image server's certificate")?;
+    let certificate = Certificate::load_or_make(&config).context("the image server's certificate")?;
     let tickets = Tickets::default();
     let (wake_backup, backups) = mpsc::unbounded();
     let (wake_transfer, transfers) = mpsc::unbounded();
@@ -61,11 +62,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         events: Events::new(client.clone(), api::AGENT, Some(config.node_name.clone())),
         advertised: config.advertised(),
         unix_socket: config.unix_socket().to_string_lossy().into_owned(),
-        ca: tls.ca.clone(),
+        ca: certificate.ca.clone(),
     });
     adopt(&context)?;
-    let server = ImageServer::bind(&config.listen, &config.unix_socket(), &tls, tickets).await?;
-    tracing::info!(node = config.node_name, addresses = ?config.listen, "image server listens");
+    let listen = imageio::Config {
+        addresses: config.listen.clone(),
+        tls: Some(certificate.server),
+        unix_socket: Some(config.unix_socket()),
+        ..imageio::Config::default()
+    };
+    let server = ImageServer::bind(listen, tickets).await?;
+    tracing::info!(node = config.node_name, addresses = ?server.addresses(), "image server listens");
 
     let mine = watcher::Config::default().fields(&format!("status.nodeName={}", config.node_name));
     let settings = || ControllerConfig::default().concurrency(16);
@@ -125,9 +132,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         }
     };
 
-    let serving = server.serve(stop.clone()).map_err(anyhow::Error::from);
     tokio::select! {
-        ended = serving => ended.context("the image server")?,
+        () = server.serve(stop.clone()) => {}
         () = inventory => {}
         () = keeper => {}
         _ = async { tokio::join!(backup_controller, transfer_controller, checkpoint_controller) } => {}
@@ -135,17 +141,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     }
     keep(&context, false).await;
     Ok(())
-}
-
-async fn connect(config: &Config) -> anyhow::Result<Client> {
-    let kube = match &config.kubeconfig {
-        Some(path) => {
-            let file = kube::config::Kubeconfig::read_from(path)?;
-            KubeConfig::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
-        }
-        None => KubeConfig::infer().await?,
-    };
-    Ok(Client::try_from(kube)?)
 }
 
 /// Takes up what an earlier process of this agent left: its backups, and their tickets, so that a reader

@@ -21,7 +21,10 @@ const SAFETY_NET: Duration = Duration::from_secs(60);
 
 /// Whether an incremental can start from it.
 pub fn is_usable(checkpoint: &VmCheckpoint) -> bool {
-    checkpoint.status.as_ref().is_some_and(|status| conditions::is_true(&status.conditions, conditions::USABLE))
+    checkpoint
+        .status
+        .as_ref()
+        .is_some_and(|status| conditions::is_true(&status.conditions, conditions::USABLE))
 }
 
 /// Makes it a base.
@@ -79,7 +82,10 @@ async fn write(
 ///
 /// # Errors
 /// What the API server says; the caller tries again.
-pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> Result<Requeue, OperatorError> {
+pub async fn reconcile(
+    checkpoint: Arc<VmCheckpoint>,
+    context: Arc<Context>,
+) -> Result<Requeue, OperatorError> {
     let namespace = checkpoint.namespace().unwrap_or_default();
     let api = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
     let old = checkpoint.status.clone().unwrap_or_default();
@@ -113,15 +119,21 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
         }
         match status.and_then(|status| status.node_name).filter(|_| !gone) {
             Some(node) if context.node_health(&node).await? != NodeHealth::Gone => {
-                let because = Because::new(Reason::Finalizing, format!("the agent of node {node} removes the bitmaps"));
-                let mut new = describe(&old, Phase::Finalizing, false, &because, checkpoint.metadata.generation, now);
+                let because =
+                    Because::new(Reason::Finalizing, format!("the agent of node {node} removes the bitmaps"));
+                let mut new =
+                    describe(&old, Phase::Finalizing, false, &because, checkpoint.metadata.generation, now);
                 new.node_name = Some(node);
                 write(&api, &checkpoint, &old, new).await?;
                 return Ok(Requeue::requeue(SAFETY_NET));
             }
             _ => {
-                let message = format!("the VM is gone: bitmap {} is left to its images", checkpoint.spec.bitmap);
-                context.events.tell(&*checkpoint, false, "Delete", &Because::new(Reason::VmNotFound, message)).await;
+                let message =
+                    format!("the VM is gone: bitmap {} is left to its images", checkpoint.spec.bitmap);
+                context
+                    .events
+                    .tell(&*checkpoint, false, "Delete", &Because::new(Reason::VmNotFound, message))
+                    .await;
                 cluster::release(&api, &checkpoint).await?;
                 return Ok(Requeue::await_change());
             }
@@ -152,7 +164,8 @@ async fn remove_unfinished(
     if checkpoint.status.as_ref().is_some_and(|status| !status.conditions.is_empty()) {
         return Ok(Requeue::requeue(SAFETY_NET));
     }
-    let backups = Api::<VmBackup>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
+    let backups =
+        Api::<VmBackup>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
     let of_vm = ListParams::default().fields(&format!("spec.vm={}", checkpoint.spec.vm));
     if !backups.list(&of_vm).await?.iter().any(|backup| backup.uid().as_ref() == Some(uid)) {
         cluster::delete(api, &checkpoint.name_any(), checkpoint.uid()).await?;

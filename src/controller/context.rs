@@ -107,7 +107,8 @@ impl Context {
         let node = Api::<Node>::all(self.client.clone()).get_opt(name).await?;
         let Some(node) = node else { return Ok(NodeHealth::Gone) };
         let conditions = node.status.and_then(|status| status.conditions).unwrap_or_default();
-        let not_ready = conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status != "True");
+        let not_ready =
+            conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status != "True");
         Ok(if not_ready { NodeHealth::NotReady } else { NodeHealth::Up })
     }
 }
@@ -175,7 +176,11 @@ mod tests {
             ("never bound", parting(false, false, up, Some(at(0)), at(0)), Parting::Clean),
             ("the agent cleaned", parting(true, true, up, Some(at(0)), at(0)), Parting::Clean),
             ("the agent is at it", parting(true, false, up, Some(at(0)), at(119)), Parting::Wait),
-            ("the agent is not Ready", parting(true, false, NodeHealth::NotReady, Some(at(0)), at(1)), Parting::Wait),
+            (
+                "the agent is not Ready",
+                parting(true, false, NodeHealth::NotReady, Some(at(0)), at(1)),
+                Parting::Wait,
+            ),
             ("the agent is silent", parting(true, false, up, Some(at(0)), at(120)), Parting::Abandon),
             ("the node is gone", parting(true, false, gone, Some(at(0)), at(0)), Parting::Abandon),
             ("gone, but it was clean", parting(true, true, gone, Some(at(0)), at(0)), Parting::Clean),

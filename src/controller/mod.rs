@@ -12,8 +12,8 @@
 pub mod backup;
 pub mod checkpoint;
 pub mod config;
-pub mod domain;
 mod context;
+pub mod domain;
 mod run;
 pub mod transfer;
 

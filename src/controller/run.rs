@@ -112,10 +112,7 @@ async fn cluster_id(client: &Client) -> anyhow::Result<String> {
 
 fn report<K>(
     kind: &str,
-    result: Result<
-        (reflector::ObjectRef<K>, Requeue),
-        ControllerError<OperatorError, watcher::Error>,
-    >,
+    result: Result<(reflector::ObjectRef<K>, Requeue), ControllerError<OperatorError, watcher::Error>>,
 ) where
     K: kube::Resource,
 {

@@ -21,7 +21,10 @@ use crate::reason::{Because, Reason};
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
 /// What the operator makes of a transfer that is not bound. Pure.
-fn resolve(transfer: &ImageTransfer, backup: Option<&VmBackup>) -> Result<(String, String), (Phase, Because)> {
+fn resolve(
+    transfer: &ImageTransfer,
+    backup: Option<&VmBackup>,
+) -> Result<(String, String), (Phase, Because)> {
     let wait = |reason, message: String| Err((Phase::Initializing, Because::new(reason, message)));
     let fail = |phase, reason, message: String| Err((phase, Because::new(reason, message)));
     if transfer.spec.state == DesiredState::Cancelled {
@@ -75,7 +78,10 @@ fn describe(
 ///
 /// # Errors
 /// What the API server says; the caller tries again.
-pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> Result<Requeue, OperatorError> {
+pub async fn reconcile(
+    transfer: Arc<ImageTransfer>,
+    context: Arc<Context>,
+) -> Result<Requeue, OperatorError> {
     let namespace = transfer.namespace().unwrap_or_default();
     let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
     let old = transfer.status.clone().unwrap_or_default();
@@ -106,7 +112,11 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         }
     };
     if new != old {
-        let held = if new.node_name.is_some() { cluster::hold(&api, &*transfer).await? } else { (*transfer).clone() };
+        let held = if new.node_name.is_some() {
+            cluster::hold(&api, &*transfer).await?
+        } else {
+            (*transfer).clone()
+        };
         let mut object = held;
         object.metadata.managed_fields = None;
         object.status = Some(new.clone());
@@ -150,7 +160,8 @@ async fn delete_secret(
     if !name.starts_with(&format!("ticket-{uid}-")) {
         return Ok(());
     }
-    let secrets = Api::<Secret>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
+    let secrets =
+        Api::<Secret>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
     if let Some(secret) = secrets.get_metadata_opt(name).await? {
         cluster::delete(&secrets, name, secret.metadata.uid).await?;
         tracing::info!(backup = status.backup_uid, transfer = uid, "ticket Secret deleted");
@@ -220,7 +231,8 @@ mod tests {
             ("cancelled", "Cancelled", Some(&bound), Err((Phase::Cancelled, Reason::Cancelled))),
         ];
         for (what, state, backup, expected) in cases {
-            let found = resolve(&transfer(state), backup).map(drop).map_err(|(phase, why)| (phase, why.reason));
+            let found =
+                resolve(&transfer(state), backup).map(drop).map_err(|(phase, why)| (phase, why.reason));
             assert_eq!(found, expected, "{what}");
         }
     }

@@ -1,5 +1,7 @@
-//! backup
+//! Backups of this node: the life of one, what decides its end, what is done on the host, what is told.
+
 pub mod act;
 pub mod decide;
 pub mod life;
+pub mod reconcile;
 pub mod status;

@@ -151,9 +151,8 @@ async fn gather(
 ) -> Result<Gathered, AgentError> {
     let host = context.host.clone();
     let asked = record.clone();
-    let (listed, job) = context
-        .blocking(move || Ok((host.libvirt.lookup(&asked.vm_uuid)?, host.our_job(&asked)?)))
-        .await?;
+    let (listed, job) =
+        context.blocking(move || Ok((host.libvirt.lookup(&asked.vm_uuid)?, host.our_job(&asked)?))).await?;
     let active = listed.as_ref().is_some_and(|listed| listed.state.is_active());
     let block_jobs = listed
         .as_ref()
@@ -174,7 +173,11 @@ async fn gather(
 }
 
 /// Counts, disk by disk, the bytes that must be read and were not.
-async fn count_missing(live: &Live, record: &Record, context: &Context) -> Result<Vec<(String, u64)>, AgentError> {
+async fn count_missing(
+    live: &Live,
+    record: &Record,
+    context: &Context,
+) -> Result<Vec<(String, u64)>, AgentError> {
     for disk in &record.disks {
         context.count_missing(live, record, &disk.target).await?;
     }
@@ -237,16 +240,25 @@ async fn write_status(
 }
 
 /// An Event for each change of the reason that Ready gives.
-async fn tell(backup: &VmBackup, old: &VmBackupStatus, new: &VmBackupStatus, record: &Record, context: &Context) {
+async fn tell(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    new: &VmBackupStatus,
+    record: &Record,
+    context: &Context,
+) {
     let ready = |status: &VmBackupStatus| conditions::get(&status.conditions, conditions::READY).cloned();
     let (before, Some(after)) = (ready(old), ready(new)) else { return };
     let same = before.is_some_and(|before| before.reason == after.reason);
     tracing::info!(backup = %record.uid, vm = %record.vm, phase = ?new.phase, reason = after.reason, "{}", after.message);
-    let Some(reason) = Reason::ALL.iter().copied().find(|reason| reason.as_str() == after.reason) else { return };
+    let Some(reason) = Reason::ALL.iter().copied().find(|reason| reason.as_str() == after.reason) else {
+        return;
+    };
     if same || matches!(reason, Reason::Finalizing | Reason::Bound) {
         return;
     }
-    let warning = new.phase == Phase::Failed || !matches!(reason, Reason::AwaitingFinalize | Reason::Finalized);
+    let warning =
+        new.phase == Phase::Failed || !matches!(reason, Reason::AwaitingFinalize | Reason::Finalized);
     context.events.tell(backup, warning, "Backup", &Because::new(reason, after.message)).await;
 }
 
@@ -275,7 +287,8 @@ async fn adopt(
     status: &VmBackupStatus,
     context: &Context,
 ) -> Result<Option<Arc<Live>>, AgentError> {
-    let (Some(uid), Some(namespace), Some(vm_uuid)) = (backup.uid(), backup.namespace(), status.vm_uuid.clone())
+    let (Some(uid), Some(namespace), Some(vm_uuid)) =
+        (backup.uid(), backup.namespace(), status.vm_uuid.clone())
     else {
         return Ok(None);
     };

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use self::status::{Observed, PROGRESS_SECONDS, Standing};
 use super::backup::life::Outcome;
+use super::context::DRAIN;
 use super::registry::Live;
 use super::state::Record;
 use super::{AgentError, Context};
@@ -184,7 +185,7 @@ async fn open(
         Some(kept) => kept,
         None => StoredTicket {
             ticket: Ticket {
-                id: TicketId::generate(),
+                id: TicketId::random().map_err(AgentError::Random)?,
                 transfer: uid.to_owned(),
                 backup: record.uid.clone(),
                 disk: disk.clone(),
@@ -266,7 +267,7 @@ async fn end(
 ) -> Result<(), AgentError> {
     let finalized = matches!(standing, Standing::Ended(Phase::Succeeded, _));
     context.tickets.end(uid, if finalized { End::Removed } else { End::Canceled });
-    context.tickets.drained(uid).await;
+    context.tickets.drained(uid, DRAIN).await;
     live.unseen(uid, false);
     let disk = &transfer.spec.disk;
     if finalized && record.life.is_serving() && record.disks.iter().any(|planned| planned.target == *disk) {

@@ -9,8 +9,8 @@ use kube::{Resource as _, ResourceExt as _};
 
 use super::resolve::Binding;
 use crate::api::{
-    self, CheckpointDisk, DesiredState, Direction, ImageTransfer, ImageTransferSpec, Protocol, TransferFormat,
-    VmBackup, VmCheckpoint, VmCheckpointSpec, conditions,
+    self, CheckpointDisk, DesiredState, Direction, ImageTransfer, ImageTransferSpec, Protocol,
+    TransferFormat, VmBackup, VmCheckpoint, VmCheckpointSpec, conditions,
 };
 
 /// The name of the checkpoint of a backup: its name, and the start of its uid, for a name can be used again.
@@ -20,7 +20,12 @@ pub fn checkpoint_name(backup: &VmBackup) -> String {
 }
 
 /// The checkpoint to be made with a backup; `None` when only raw disks are in it.
-pub fn checkpoint(backup: &VmBackup, binding: &Binding, cluster: &str, now: Timestamp) -> Option<VmCheckpoint> {
+pub fn checkpoint(
+    backup: &VmBackup,
+    binding: &Binding,
+    cluster: &str,
+    now: Timestamp,
+) -> Option<VmCheckpoint> {
     if binding.in_checkpoint.is_empty() {
         return None;
     }

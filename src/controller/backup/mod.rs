@@ -110,7 +110,8 @@ async fn bind(
     let now = clock::now();
     let checkpoint = desired::checkpoint(&held, binding, &context.cluster, now);
     if let Some(checkpoint) = &checkpoint {
-        let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &held.namespace().unwrap_or_default());
+        let checkpoints =
+            Api::<VmCheckpoint>::namespaced(context.client.clone(), &held.namespace().unwrap_or_default());
         cluster::create(&checkpoints, checkpoint, api::OPERATOR).await?;
     }
     let named = checkpoint.map(|checkpoint| checkpoint.name_any());
@@ -127,12 +128,15 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<(), Oper
     if backup.spec.transfers != TransferPolicy::Auto {
         return Ok(());
     }
-    let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
+    let api =
+        Api::<ImageTransfer>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
     for transfer in desired::transfers(backup) {
         let name = transfer.name_any();
-        if context.transfers.get(&kube::runtime::reflector::ObjectRef::from_obj(&transfer)).is_some_and(|known| {
-            known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref()
-        }) || cluster::create(&api, &transfer, api::OPERATOR).await?
+        if context
+            .transfers
+            .get(&kube::runtime::reflector::ObjectRef::from_obj(&transfer))
+            .is_some_and(|known| known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref())
+            || cluster::create(&api, &transfer, api::OPERATOR).await?
         {
             continue;
         }
@@ -140,14 +144,21 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<(), Oper
         if known.is_some_and(|known| known.labels().get(api::LABEL_BACKUP) != backup.uid().as_ref()) {
             let message = format!("ImageTransfer {name} is there already and is another backup's: delete it");
             tracing::warn!(backup = backup.uid(), "{message}");
-            context.events.tell(backup, true, "Transfer", &Because::new(Reason::TransferFailed, message)).await;
+            context
+                .events
+                .tell(backup, true, "Transfer", &Because::new(Reason::TransferFailed, message))
+                .await;
         }
     }
     Ok(())
 }
 
 /// Bound: its agent works. Make what it needs, and step in only when the agent cannot.
-async fn accompany(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Result<Requeue, OperatorError> {
+async fn accompany(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    context: &Context,
+) -> Result<Requeue, OperatorError> {
     make_transfers(backup, context).await?;
     let now = clock::now();
     let node = context.node_health(old.node_name.as_deref().unwrap_or_default()).await?;
@@ -179,7 +190,11 @@ fn given_up(backup: &VmBackup, status: &VmBackupStatus, node: NodeHealth, now: T
 }
 
 /// Ended: what hangs on it is settled, and it goes when its time has come.
-async fn finish(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Result<Requeue, OperatorError> {
+async fn finish(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    context: &Context,
+) -> Result<Requeue, OperatorError> {
     let namespace = backup.namespace().unwrap_or_default();
     settle(backup, old, false, context).await?;
     context.wake_vm(&namespace, &backup.spec.vm);
@@ -210,7 +225,9 @@ async fn settle(
             && Some(&domain.spec.uuid) == status.vm_uuid.as_ref()
         {
             let mut new = domain.status.clone().unwrap_or_default();
-            if new.last_backup_time.as_ref().map(|time| time.0) < status.ready_time.as_ref().map(|time| time.0) {
+            if new.last_backup_time.as_ref().map(|time| time.0)
+                < status.ready_time.as_ref().map(|time| time.0)
+            {
                 new.last_backup = Some(backup.name_any());
                 new.last_backup_time.clone_from(&status.ready_time);
                 domain.status = Some(new);
@@ -245,7 +262,8 @@ async fn part(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Res
         None => NodeHealth::Up,
     };
     let deleted = backup.metadata.deletion_timestamp.as_ref().map(|time| time.0);
-    let parting = parting(old.node_name.is_some(), is_host_clean(&old.conditions), node, deleted, clock::now());
+    let parting =
+        parting(old.node_name.is_some(), is_host_clean(&old.conditions), node, deleted, clock::now());
     match parting {
         Parting::Wait => return Ok(Requeue::requeue(Duration::from_secs(5))),
         Parting::Abandon => {
@@ -256,13 +274,18 @@ async fn part(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Res
                 old.to_checkpoint.as_deref().unwrap_or("(none)")
             );
             tracing::warn!(backup = backup.uid(), vm = backup.spec.vm, "{message}");
-            context.events.tell(backup, true, "Delete", &Because::new(Reason::HostCleanupAbandoned, message)).await;
+            context
+                .events
+                .tell(backup, true, "Delete", &Because::new(Reason::HostCleanupAbandoned, message))
+                .await;
         }
         Parting::Clean => {}
     }
     let transfers = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
     let uid = backup.uid().unwrap_or_default();
-    for transfer in transfers.list(&ListParams::default().labels(&format!("{}={uid}", api::LABEL_BACKUP))).await? {
+    for transfer in
+        transfers.list(&ListParams::default().labels(&format!("{}={uid}", api::LABEL_BACKUP))).await?
+    {
         if transfer.meta().deletion_timestamp.is_none() {
             cluster::delete(&transfers, &transfer.name_any(), transfer.uid()).await?;
         }

@@ -103,9 +103,14 @@ fn check(backup: &VmBackup, facts: &Facts<'_>) -> Result<Binding, Because> {
         Some(DomainState::Missing) => {
             return no(Reason::VmNotFound, format!("no node's libvirt knows VM {vm} any more"));
         }
-        Some(DomainState::NodeLost) => return no(Reason::NodeNotReady, format!("the node of VM {vm} is down")),
+        Some(DomainState::NodeLost) => {
+            return no(Reason::NodeNotReady, format!("the node of VM {vm} is down"));
+        }
         Some(DomainState::Busy) | None => {
-            return no(Reason::VmBusy, format!("VM {vm} is starting, stopping, migrating or paused by an error"));
+            return no(
+                Reason::VmBusy,
+                format!("VM {vm} is starting, stopping, migrating or paused by an error"),
+            );
         }
     }
     let Some(node) = status.and_then(|status| status.node_name.clone()) else {

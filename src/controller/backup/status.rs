@@ -9,7 +9,12 @@ use crate::api::{Phase, VmBackupStatus};
 use crate::reason::{Because, Reason};
 
 /// Waiting, with the reason.
-pub fn waiting(old: &VmBackupStatus, because: &Because, generation: Option<i64>, now: Timestamp) -> VmBackupStatus {
+pub fn waiting(
+    old: &VmBackupStatus,
+    because: &Because,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> VmBackupStatus {
     let mut new = old.clone();
     new.phase = Phase::Initializing;
     describe(&mut new, because, generation, now);

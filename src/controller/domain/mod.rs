@@ -30,9 +30,11 @@ pub async fn publish_all(
 ) -> Result<(), OperatorError> {
     let api = Api::<LibvirtDomain>::namespaced(context.client.clone(), namespace);
     let published = api.list(&ListParams::default()).await?.items;
-    let seen: Vec<_> = sightings.state().iter().map(|sighting: &Arc<DomainSighting>| sighting.spec.clone()).collect();
+    let seen: Vec<_> =
+        sightings.state().iter().map(|sighting: &Arc<DomainSighting>| sighting.spec.clone()).collect();
     let holders = published.iter().filter_map(|domain| domain.status.as_ref()?.node_name.clone());
-    let nodes: HashSet<String> = seen.iter().map(|sighting| sighting.node_name.clone()).chain(holders).collect();
+    let nodes: HashSet<String> =
+        seen.iter().map(|sighting| sighting.node_name.clone()).chain(holders).collect();
     let mut lost = HashSet::new();
     for node in nodes {
         if context.node_health(&node).await? == NodeHealth::Gone {
@@ -42,7 +44,10 @@ pub async fn publish_all(
     for change in publish(&seen, &published, &lost, grace, clock::now()) {
         let name = match change {
             Change::Delete { name } => {
-                let uid = published.iter().find(|domain| domain.name_any() == name).and_then(kube::ResourceExt::uid);
+                let uid = published
+                    .iter()
+                    .find(|domain| domain.name_any() == name)
+                    .and_then(kube::ResourceExt::uid);
                 cluster::delete(&api, &name, uid).await?;
                 name
             }
@@ -61,8 +66,12 @@ pub async fn publish_all(
                 cluster::create(&api, &new, api::OPERATOR).await?;
                 let created = api.get(&name).await?;
                 if let Some(taken) = taken {
-                    let message = format!("the name {taken} is another VM's: this one is published as {name}");
-                    context.events.tell(&created, false, "Publish", &Because::new(Reason::VmReplaced, message)).await;
+                    let message =
+                        format!("the name {taken} is another VM's: this one is published as {name}");
+                    context
+                        .events
+                        .tell(&created, false, "Publish", &Because::new(Reason::VmReplaced, message))
+                        .await;
                 }
                 write(&api, created, *status).await?;
                 name

@@ -60,7 +60,8 @@ pub fn publish(
         };
         let replaced = new.state == Some(DomainState::Missing)
             && by_uuid.iter().any(|(uuid, seen)| {
-                *uuid != domain.spec.uuid && seen.iter().any(|sighting| dns_safe(&sighting.name) == domain.name_any())
+                *uuid != domain.spec.uuid
+                    && seen.iter().any(|sighting| dns_safe(&sighting.name) == domain.name_any())
             });
         if replaced || is_overdue(&new, grace, now) {
             deletions.push(Change::Delete { name: domain.name_any() });
@@ -95,7 +96,11 @@ pub fn publish(
 /// of a migration, the one that holds already.
 fn winner<'a>(seen: &[&'a DomainSightingSpec], holder: Option<&str>) -> Option<&'a DomainSightingSpec> {
     let rank = |sighting: &DomainSightingSpec| {
-        (sighting.state.is_active(), holder == Some(sighting.node_name.as_str()), sighting.state == DomainState::Running)
+        (
+            sighting.state.is_active(),
+            holder == Some(sighting.node_name.as_str()),
+            sighting.state == DomainState::Running,
+        )
     };
     seen.iter().copied().max_by(|a, b| rank(a).cmp(&rank(b)).then_with(|| b.node_name.cmp(&a.node_name)))
 }
@@ -119,9 +124,15 @@ fn seen_status(
     };
     let (truth, reason, message) = match (sighting.state, supported) {
         (_, 0) => (Truth::False, Reason::DiskNotSupported.as_str(), "it has no disk that can be backed up"),
-        (DomainState::Running | DomainState::Paused, _) => (Truth::True, "Running", "a backup of it can start"),
+        (DomainState::Running | DomainState::Paused, _) => {
+            (Truth::True, "Running", "a backup of it can start")
+        }
         (DomainState::Off, _) => (Truth::False, Reason::VmNotRunning.as_str(), "it is off"),
-        _ => (Truth::False, Reason::VmBusy.as_str(), "it is starting, stopping, migrating or paused by an error"),
+        _ => (
+            Truth::False,
+            Reason::VmBusy.as_str(),
+            "it is starting, stopping, migrating or paused by an error",
+        ),
     };
     conditions::set(&mut new.conditions, conditions::READY, truth, reason, message, generation, now);
     new
@@ -163,8 +174,11 @@ fn is_overdue(status: &LibvirtDomainStatus, grace: SignedDuration, now: Timestam
 
 /// A libvirt name as an object's name: lower case, everything else a dash, at most 200 characters.
 pub fn dns_safe(name: &str) -> String {
-    let safe: String =
-        name.chars().map(|c| c.to_ascii_lowercase()).map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let safe: String = name
+        .chars()
+        .map(|c| c.to_ascii_lowercase())
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
     let safe: String = safe.trim_matches('-').chars().take(200).collect();
     let safe = safe.trim_end_matches('-');
     if safe.is_empty() { "vm".to_owned() } else { safe.to_owned() }
@@ -286,9 +300,14 @@ mod tests {
     #[test]
     fn any_libvirt_name_becomes_an_object_name() {
         let long = "x".repeat(500);
-        for (name, expected) in
-            [("db01", "db01"), ("../etc", "etc"), ("Ü ß", "vm"), ("a_b.C", "a-b-c"), ("-", "vm"), (&long, &long[..200])]
-        {
+        for (name, expected) in [
+            ("db01", "db01"),
+            ("../etc", "etc"),
+            ("Ü ß", "vm"),
+            ("a_b.C", "a-b-c"),
+            ("-", "vm"),
+            (&long, &long[..200]),
+        ] {
             assert_eq!(dns_safe(name), expected, "{name}");
         }
     }

@@ -78,7 +78,14 @@ fn every_refusal_has_its_reason() {
         ("all well", json!({}), Some(DomainState::Running), NodeHealth::Up, 1, ("bind", None)),
         ("paused is running", json!({}), Some(DomainState::Paused), NodeHealth::Up, 1, ("bind", None)),
         ("no VM", json!({}), None, NodeHealth::Up, 1, ("fail", Some(Reason::VmNotFound))),
-        ("missing", json!({}), Some(DomainState::Missing), NodeHealth::Up, 1, ("fail", Some(Reason::VmNotFound))),
+        (
+            "missing",
+            json!({}),
+            Some(DomainState::Missing),
+            NodeHealth::Up,
+            1,
+            ("fail", Some(Reason::VmNotFound)),
+        ),
         ("off", json!({}), Some(DomainState::Off), NodeHealth::Up, 1, ("wait", Some(Reason::VmNotRunning))),
         (
             "off, refused",
@@ -183,7 +190,10 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
     for (what, other, waits) in cases {
         let verdict = |backup: &VmBackup, other: &VmBackup| {
             let others = [other.clone(), backup.clone()];
-            resolve(backup, &Facts { domain: Some(&domain), others: &others, node: NodeHealth::Up, now: at(20) })
+            resolve(
+                backup,
+                &Facts { domain: Some(&domain), others: &others, node: NodeHealth::Up, now: at(20) },
+            )
         };
         let mine = verdict(&new("a", 2), &other);
         assert_eq!(matches!(mine, Verdict::Wait(_)), waits, "{what}: {mine:?}");

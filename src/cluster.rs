@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::api::{FINALIZER, OPERATOR};
-use crate::reason::Because;
+use crate::reason::{Because, Reason};
 
 /// Replaces the status of `object`, which holds the new one.
 ///
@@ -58,15 +58,23 @@ impl Events {
     where
         K: Resource<DynamicType = ()>,
     {
+        self.say(object, warning, action, because.reason, &because.shown()).await;
+    }
+
+    /// The same in words that are a condition's already.
+    pub async fn say<K>(&self, object: &K, warning: bool, action: &str, reason: Reason, words: &str)
+    where
+        K: Resource<DynamicType = ()>,
+    {
         let event = Event {
             type_: if warning { EventType::Warning } else { EventType::Normal },
-            reason: because.reason.as_str().to_owned(),
-            note: Some(because.shown().chars().take(1000).collect()),
+            reason: reason.as_str().to_owned(),
+            note: Some(words.chars().take(1000).collect()),
             action: action.to_owned(),
             secondary: None,
         };
         if let Err(error) = self.0.publish(&event, &object.object_ref(&())).await {
-            tracing::warn!(%error, reason = %because.reason, "an Event was not written");
+            tracing::warn!(%error, %reason, "an Event was not written");
         }
     }
 }

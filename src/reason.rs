@@ -56,7 +56,7 @@ reasons! {
     /// The disks can be read; the object is done once it is finalized.
     AwaitingFinalize Wait "read every disk, then set spec.state to Finalized",
     /// It was finalized while bytes that had to be read were not.
-    TransfersIncomplete Wait "read what is missing, or set spec.state of a new backup; this one goes on until readyDeadlineSeconds",
+    TransfersIncomplete Wait "read what is missing, or set spec.state to Cancelled",
     /// The backup that this transfer belongs to is not Ready yet.
     BackupNotReady Wait "wait, or look at the backup's reason",
     /// The backup that this transfer names does not exist yet.

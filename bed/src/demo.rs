@@ -1,6 +1,207 @@
 //! The demo: the main job, narrated, with the real output of real commands.
-use std::path::Path;
-use virtmark_bed::Bed;
-pub fn run(_bed: &Bed, _repository: &Path) -> anyhow::Result<()> {
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use virtmark_bed::component::VM_NAMESPACE;
+use virtmark_bed::{Bed, Disk, Plan, compare, wait_until};
+
+const MIB: u64 = 1 << 20;
+
+/// A terminal on which commands are typed.
+struct Stage<'a> {
+    bed: &'a Bed,
+    repository: &'a Path,
+    started: Instant,
+}
+
+/// Backs a running VM up, and compares every byte.
+///
+/// # Errors
+/// The first thing that is not as it should be.
+pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
+    let stage = Stage { bed, repository, started: Instant::now() };
+    let kubectl = bed.kubectl();
+    let node = bed.hypervisors.first().context("no hypervisor")?;
+
+    stage.title("a VM runs, with a qcow2 and a raw disk");
+    let vm =
+        Plan::new("db01").disk(Disk::qcow2("vda", 6 << 30)).disk(Disk::raw("vdb", 512 * MIB)).start(node)?;
+    for (offset, length, pattern) in
+        [(0, 4 * MIB, 0x11), (1 << 30, 64 * MIB, 0x22), (6 * (1 << 30) - MIB, MIB, 0x33)]
+    {
+        vm.write("vda", offset, length, pattern)?;
+    }
+    vm.write("vdb", 100 * MIB, 10 * MIB, 0x44)?;
+    wait_until(Duration::from_secs(20), "the VM to be published", || {
+        let state = ["get", "lvd", "db01", "-n", VM_NAMESPACE, "-o", "jsonpath={.status.state}"];
+        Ok((kubectl.run(&state).is_ok_and(|state| state == "Running")).then_some(()))
+    })?;
+    stage.show(&["get", "lvd"])?;
+
+    stage.title("kubectl apply of a VmBackup opens a point in time of its disks");
+    let applied = Instant::now();
+    stage.show(&["apply", "-f", &stage.example("vmbackup.yaml")])?;
+    stage.show(&["wait", "--for=condition=Ready", "--timeout=30s", "vmbackup/db01-monday"])?;
+    println!("(apply to Ready, as kubectl sees it: {} ms)", applied.elapsed().as_millis());
+    stage.show(&["get", "vmbackups,imagetransfers,vmcheckpoints"])?;
+    let disks = ["vda", "vdb"];
+    let then: Vec<(&str, PathBuf)> =
+        disks.iter().map(|disk| Ok((*disk, vm.remember(disk)?))).collect::<Result<_>>()?;
+
+    stage.title("the guest goes on writing; the point in time does not see it");
+    vm.write("vda", 2 * MIB, MIB, 0xee)?;
+    vm.write("vdb", 105 * MIB, MIB, 0xee)?;
+
+    stage.title("finalizing before all was read is not obeyed: that would be a gap");
+    stage.patch("Finalized")?;
+    let reason = ["get", "vmbackup", "db01-monday", "-n", VM_NAMESPACE, "-o"];
+    let reason =
+        [reason.as_slice(), &["jsonpath={.status.conditions[?(@.type==\"Ready\")].reason}"]].concat();
+    wait_until(Duration::from_secs(10), "TransfersIncomplete", || {
+        Ok((kubectl.run(&reason)? == "TransfersIncomplete").then_some(()))
+    })?;
+    stage.show(&["get", "vmbackup", "db01-monday"])?;
+
+    stage.title("the stock ovirt-imageio client reads the disks, over HTTPS and over the unix socket");
+    let directory = bed.dir.join("backup");
+    std::fs::create_dir_all(&directory)?;
+    for ((disk, remembered), over) in then.iter().zip(["https", "unix"]) {
+        let image = directory.join(format!("{disk}.qcow2"));
+        stage.download(&format!("db01-monday-{disk}"), &image, over)?;
+        compare(remembered, &image, "qcow2")?;
+        println!("{disk}: every byte is what the guest's disk held at the point in time");
+    }
+
+    stage.title("now it is finalized, and its checkpoint is where the next incremental starts");
+    stage.show(&["wait", "--for=condition=Succeeded", "--timeout=30s", "vmbackup/db01-monday"])?;
+    wait_until(Duration::from_secs(10), "the checkpoint to be usable", || {
+        let usable = "jsonpath={.items[0].status.conditions[?(@.type==\"Usable\")].status}";
+        Ok((kubectl.run(&["get", "vmcp", "-n", VM_NAMESPACE, "-o", usable])? == "True").then_some(()))
+    })?;
+    stage.show(&["get", "vmbackups,imagetransfers,vmcheckpoints,libvirtdomains"])?;
+    stage.show(&["describe", "vmbackup", "db01-monday"])?;
+
+    stage.title("the whole round as an integrator writes it: examples/backup.py");
+    stage.example_backup(&directory.join("py"))?;
+    for disk in disks {
+        compare(&vm.mirror(disk), &directory.join("py").join(format!("{disk}.qcow2")), "qcow2")?;
+    }
+    println!("both images are what the guest's disks held");
+
+    stage.title("nothing is left on the host but the checkpoints' bitmaps");
+    stage.nothing_left(&vm)?;
+    stage.costs()?;
+    println!("\ndone in {:.1} s; taking everything down", stage.started.elapsed().as_secs_f64());
     Ok(())
+}
+
+impl Stage<'_> {
+    fn title(&self, text: &str) {
+        println!("\n=== {text}  [{:.1} s]", self.started.elapsed().as_secs_f64());
+    }
+
+    /// Types a kubectl command and shows what it prints.
+    fn show(&self, arguments: &[&str]) -> Result<()> {
+        println!("$ kubectl -n {VM_NAMESPACE} {}", arguments.join(" "));
+        let within = [&["-n", VM_NAMESPACE], arguments].concat();
+        print!("{}", self.bed.kubectl().run(&within)?);
+        Ok(())
+    }
+
+    fn example(&self, name: &str) -> String {
+        self.repository.join("examples").join(name).to_string_lossy().into_owned()
+    }
+
+    fn patch(&self, state: &str) -> Result<()> {
+        let patch = format!("{{\"spec\":{{\"state\":\"{state}\"}}}}");
+        self.show(&["patch", "vmbackup", "db01-monday", "--type=merge", "-p", &patch])
+    }
+
+    fn python(&self) -> Result<Command> {
+        let python =
+            std::env::var_os("VIRTMARK_PYTHON").context("VIRTMARK_PYTHON is not set: run `make demo`")?;
+        let mut command = Command::new(python);
+        command.env("KUBECONFIG", &self.bed.plane.kubeconfig);
+        Ok(command)
+    }
+
+    /// Reads one transfer with the stock client. On 127.0.0.1 it finds the server to be local, and takes the
+    /// unix socket; on 127.0.0.2 it stays with HTTPS.
+    fn download(&self, transfer: &str, image: &Path, over: &str) -> Result<()> {
+        println!(
+            "$ python: ovirt_imageio.client.download(url, {:?}, ca, fmt=\"qcow2\")   # {over}",
+            image.display()
+        );
+        let script = "
+import base64, json, subprocess, sys, tempfile
+from ovirt_imageio import client
+namespace, transfer, image, over = sys.argv[1:]
+get = lambda *what: json.loads(subprocess.check_output(['kubectl', '-n', namespace, 'get', *what, '-o', 'json']))
+name = get('imagetransfer', transfer)['status']['ticketSecret']
+secret = {key: base64.b64decode(value).decode() for key, value in get('secret', name)['data'].items()}
+url = secret['url'].replace('127.0.0.2', '127.0.0.1') if over == 'unix' else secret['url']
+with tempfile.NamedTemporaryFile('w') as ca:
+    ca.write(secret['ca.crt']); ca.flush()
+    client.download(url, image, ca.name, fmt='qcow2', max_workers=4)
+";
+        let status =
+            self.python()?.args(["-c", script, VM_NAMESPACE, transfer]).arg(image).arg(over).status()?;
+        if !status.success() {
+            bail!("the stock client failed");
+        }
+        Ok(())
+    }
+
+    fn example_backup(&self, directory: &Path) -> Result<()> {
+        println!("$ python examples/backup.py --namespace {VM_NAMESPACE} db01 {}", directory.display());
+        let mut command = self.python()?;
+        command.arg(self.example("backup.py")).args(["--namespace", VM_NAMESPACE, "db01"]).arg(directory);
+        if !command.status()?.success() {
+            bail!("examples/backup.py failed");
+        }
+        Ok(())
+    }
+
+    fn nothing_left(&self, vm: &virtmark_bed::Vm) -> Result<()> {
+        let node = vm.hypervisor();
+        let run = node.dir.join("agent/run");
+        println!("$ ls {}", run.display());
+        let mut left: Vec<String> = std::fs::read_dir(&run)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect::<Result<_>>()?;
+        left.sort();
+        println!("{}", left.join("\n"));
+        if left != ["imageio.sock"] {
+            bail!("scratch images or sockets are left");
+        }
+        println!("$ virsh checkpoint-list db01; virsh domjobinfo db01");
+        let checkpoints = node.virsh(&["checkpoint-list", "--name", "db01"])?;
+        let job = node.virsh(&["domjobinfo", "db01"])?;
+        println!("{}{}", checkpoints.trim(), job.trim());
+        if !checkpoints.trim().is_empty() || !job.contains("None") {
+            bail!("libvirt still has a checkpoint or a job");
+        }
+        println!("# bitmaps in vda: {}", vm.live_bitmaps()?.join(", "));
+        let secrets = self.bed.kubectl().run(&["get", "secrets", "-n", VM_NAMESPACE, "-o", "name"])?;
+        if !secrets.trim().is_empty() {
+            bail!("a ticket's Secret is left: {secrets}");
+        }
+        Ok(())
+    }
+
+    /// What it cost.
+    fn costs(&self) -> Result<()> {
+        let writes = [("operator", "virtmark-operator"), ("agent", "virtmark-agent")];
+        for (name, account) in writes {
+            let all = self.bed.writes_by(account)?;
+            println!("# API writes by the {name}, both backups and the inventory: {}", all.len());
+        }
+        for component in self.bed.operator.iter().chain(&self.bed.agents) {
+            println!("# {} is resident with {} MiB", component.name, component.rss_kib()? >> 10);
+        }
+        Ok(())
+    }
 }

@@ -123,18 +123,24 @@ impl Context {
         })
     }
 
-    /// Counts the bytes of a disk that must be read and were not, and notes them.
+    /// Counts the bytes of a disk that must be read and were not.
     ///
     /// # Errors
     /// When the export cannot be read.
-    pub async fn count_missing(&self, live: &Live, record: &Record, disk: &str) -> Result<u64, AgentError> {
+    pub async fn unread(&self, live: &Live, record: &Record, disk: &str) -> Result<u64, AgentError> {
         let coverage = self.coverage(live, record, disk);
         let export = self.export(record, disk)?;
-        let missing = imageio::missing(&export, &coverage)
-            .await
-            .map_err(|source| AgentError::Export { disk: disk.to_owned(), source })?;
-        live.count_missing(disk, missing);
-        Ok(missing)
+        let unread = imageio::missing(&export, &coverage).await;
+        unread.map_err(|source| AgentError::Export { disk: disk.to_owned(), source })
+    }
+
+    /// Counts them, and notes how many.
+    ///
+    /// # Errors
+    /// When the export cannot be read.
+    pub async fn count_missing(&self, live: &Live, record: &Record, disk: &str) -> Result<(), AgentError> {
+        live.count_missing(disk, self.unread(live, record, disk).await?);
+        Ok(())
     }
 
     /// Stores what was served of each disk: what is not stored counts as unread after a crash.

@@ -84,8 +84,8 @@ pub struct VmBackupSpec {
     /// What you want of it: Running, then Finalized once every disk was read, or Cancelled. It never goes
     /// back. Leave it out of manifests kept in Git.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf == 'Running'")
-        .message("state goes one way: Running to Finalized or Cancelled"))]
+    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf == 'Running' || self == 'Cancelled'")
+        .message("state goes one way: Running, Finalized, Cancelled"))]
     pub state: DesiredState,
 
     /// Seconds from creation until the backup must be Ready; then it fails with StartDeadlineExceeded.

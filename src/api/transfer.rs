@@ -63,8 +63,8 @@ pub struct ImageTransferSpec {
     /// What you want of it: Running, then Finalized when the disk was read, or Cancelled. Finalizing the
     /// backup ends its transfers too. It never goes back.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf == 'Running'")
-        .message("state goes one way: Running to Finalized or Cancelled"))]
+    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf == 'Running' || self == 'Cancelled'")
+        .message("state goes one way: Running, Finalized, Cancelled"))]
     pub state: DesiredState,
 }
 

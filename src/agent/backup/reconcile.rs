@@ -259,7 +259,7 @@ async fn tell(
     }
     let warning =
         new.phase == Phase::Failed || !matches!(reason, Reason::AwaitingFinalize | Reason::Finalized);
-    context.events.tell(backup, warning, "Backup", &Because::new(reason, after.message)).await;
+    context.events.say(backup, warning, "Backup", reason, &after.message).await;
 }
 
 fn requeue(backup: &VmBackup, live: &Live, record: &Record, gathered: &Gathered) -> Requeue {

@@ -195,7 +195,7 @@ async fn open(
                 filename: None,
             },
             secret: 1,
-            required: context.count_missing(live, record, disk).await?,
+            required: context.unread(live, record, disk).await?,
         },
     };
     live.require(disk, ticket.required);

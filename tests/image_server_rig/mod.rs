@@ -1,0 +1,175 @@
+//! An image server on real sockets in front of real qemu-nbds, and a client that speaks raw HTTP.
+#![allow(dead_code, clippy::unwrap_used, reason = "a test rig, of which each test binary uses a part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
+use virtmark::imageio::{Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets, tls};
+use virtmark::nbd::Export;
+
+/// A server; stops when dropped.
+pub(crate) struct Server {
+    pub(crate) tickets: Tickets,
+    pub(crate) socket: PathBuf,
+    pub(crate) ca: PathBuf,
+    pub(crate) port: u16,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+impl Server {
+    /// A server with its files in `directory`.
+    pub(crate) async fn start(directory: &Path) -> Server {
+        Server::with(directory, Config::default()).await
+    }
+
+    /// A server with other limits.
+    pub(crate) async fn with(directory: &Path, limits: Config) -> Server {
+        let loopback = ["127.0.0.1".parse().unwrap(), "127.0.0.2".parse().unwrap()];
+        let made = tls::self_signed(&["localhost".to_owned()], &loopback).unwrap();
+        let ca = directory.join("ca.pem");
+        std::fs::write(&ca, &made.ca_pem).unwrap();
+        let socket = directory.join("images.sock");
+        let config = Config {
+            addresses: vec!["0.0.0.0:0".parse().unwrap()],
+            tls: Some(tls::server_config(made.cert_pem.as_bytes(), made.key_pem.as_bytes()).unwrap()),
+            unix_socket: Some(socket.clone()),
+            ..limits
+        };
+        let tickets = Tickets::default();
+        let server = ImageServer::bind(config, tickets.clone()).await.unwrap();
+        let port = server.addresses()[0].port();
+        let stop = CancellationToken::new();
+        tokio::spawn(server.serve(stop.clone()));
+        Server { tickets, socket, ca, port, _stop: stop.drop_guard() }
+    }
+
+    /// A ticket for a disk of `size` bytes; its id, and the disk's coverage.
+    pub(crate) fn ticket(&self, transfer: &str, export: &Export, size: u64) -> (String, Arc<SharedCoverage>) {
+        let id = TicketId::random().unwrap();
+        let coverage = SharedCoverage::new(Coverage::new(size));
+        let ticket = Ticket {
+            id: id.clone(),
+            transfer: transfer.to_owned(),
+            backup: "b1".to_owned(),
+            disk: "vda".to_owned(),
+            size,
+            export: export.clone(),
+            dirty: export.bitmap.is_some(),
+            filename: None,
+        };
+        self.tickets.add(ticket, Arc::clone(&coverage));
+        (id.expose(), coverage)
+    }
+
+    /// A raw connection to the unix socket.
+    pub(crate) async fn connect(&self) -> Raw {
+        Raw { stream: UnixStream::connect(&self.socket).await.unwrap(), input: Vec::new() }
+    }
+
+    /// One request on a connection of its own.
+    pub(crate) async fn ask(&self, request: &str) -> Response {
+        let mut raw = self.connect().await;
+        raw.send(request).await;
+        raw.response().await.expect("an answer")
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(crate) struct Response {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: Vec<u8>,
+    /// The body came as whole as its head announced.
+    pub(crate) whole: bool,
+}
+
+impl Response {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+/// A connection that speaks raw HTTP.
+pub(crate) struct Raw {
+    pub(crate) stream: UnixStream,
+    input: Vec<u8>,
+}
+
+impl Raw {
+    pub(crate) async fn send(&mut self, request: &str) {
+        self.stream.write_all(request.as_bytes()).await.unwrap();
+    }
+
+    /// Receives more; false at the end.
+    async fn more(&mut self) -> bool {
+        let received =
+            tokio::time::timeout(Duration::from_secs(20), self.stream.read_buf(&mut self.input)).await;
+        matches!(received.expect("bytes or the end within 20 s"), Ok(bytes) if bytes > 0)
+    }
+
+    /// True when the server closes the connection without saying more.
+    pub(crate) async fn closed(&mut self) -> bool {
+        self.input.is_empty() && !self.more().await
+    }
+
+    /// The head of an answer; `None` when the connection ends before it.
+    pub(crate) async fn head(&mut self) -> Option<Response> {
+        let end = loop {
+            if let Some(end) = self.input.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+                break end;
+            }
+            if !self.more().await {
+                return None;
+            }
+        };
+        let head = String::from_utf8(self.input.drain(..end + 4).collect()).unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Some(Response { status, head, body: Vec::new(), whole: false })
+    }
+
+    /// A whole answer, or as much of it as came before the end.
+    pub(crate) async fn response(&mut self) -> Option<Response> {
+        let mut response = self.head().await?;
+        if response.header("transfer-encoding") == Some("chunked") {
+            response.whole = self.chunks(&mut response.body).await.is_some();
+        } else if let Some(length) = response.header("content-length") {
+            let length: usize = length.parse().unwrap();
+            while self.input.len() < length && self.more().await {}
+            response.whole = self.input.len() >= length;
+            response.body = self.input.drain(..length.min(self.input.len())).collect();
+        } else {
+            while self.more().await {}
+            response.body = std::mem::take(&mut self.input);
+        }
+        Some(response)
+    }
+
+    async fn chunks(&mut self, body: &mut Vec<u8>) -> Option<()> {
+        loop {
+            let line = loop {
+                if let Some(end) = self.input.windows(2).position(|bytes| bytes == b"\r\n") {
+                    break self.input.drain(..end + 2).collect::<Vec<u8>>();
+                }
+                self.more().await.then_some(())?;
+            };
+            let length = usize::from_str_radix(std::str::from_utf8(&line).unwrap().trim(), 16).unwrap();
+            while self.input.len() < length + 2 {
+                self.more().await.then_some(())?;
+            }
+            body.extend(self.input.drain(..length));
+            self.input.drain(..2);
+            if length == 0 {
+                return Some(());
+            }
+        }
+    }
+}

@@ -53,7 +53,7 @@ impl Image {
     ///
     /// # Errors
     /// When it does not come up within three minutes.
-    pub fn boot(&self, name: &str, hypervisor: &Hypervisor) -> Result<Guest> {
+    pub fn boot(&self, name: &str, hypervisor: &Hypervisor) -> Result<Vm> {
         // QEMU's user must reach them; the cache may be private to root
         let shared = hypervisor.dir.join("guest");
         fs::create_dir_all(&shared)?;
@@ -74,63 +74,47 @@ impl Image {
             <serial type='null'/><rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>";
         let disk = Disk::qcow2("vda", SIZE).over(&file("disk.raw"));
         let vm = Plan::new(name).disk(disk).booting(&os, devices, 384).start(hypervisor)?;
-        let guest = Guest { vm };
         wait_until(Duration::from_secs(180), "the guest agent to answer", || {
-            Ok(guest.agent(&json!({"execute": "guest-ping"})).ok().map(drop))
+            Ok(agent(&vm, &json!({"execute": "guest-ping"})).ok().map(drop))
         })?;
-        Ok(guest)
+        Ok(vm)
     }
 }
 
-/// A guest that runs.
-#[derive(Debug)]
-pub struct Guest {
-    /// Its VM.
-    pub vm: Vm,
+/// What the guest agent of a VM answers to a command.
+///
+/// # Errors
+/// When it does not answer.
+pub fn agent(vm: &Vm, command: &Value) -> Result<Value> {
+    let arguments = ["qemu-agent-command", "--timeout", "10", &vm.name, &command.to_string()];
+    let said = vm.hypervisor().virsh(&arguments)?;
+    Ok(serde_json::from_str::<Value>(&said)?["return"].clone())
 }
 
-impl Guest {
-    /// A guest agent command's answer.
-    ///
-    /// # Errors
-    /// When the agent does not answer.
-    pub fn agent(&self, command: &Value) -> Result<Value> {
-        let hypervisor = self.vm.hypervisor();
-        let said = hypervisor.virsh(&[
-            "qemu-agent-command",
-            "--timeout",
-            "10",
-            &self.vm.name,
-            &command.to_string(),
-        ])?;
-        Ok(serde_json::from_str::<Value>(&said)?["return"].clone())
+/// Runs a shell command in the guest, and waits for it.
+///
+/// # Errors
+/// When it fails, or does not end within a minute.
+pub fn sh(vm: &Vm, script: &str) -> Result<()> {
+    let arguments = json!({"path": "/bin/sh", "arg": ["-c", script]});
+    let started = agent(vm, &json!({"execute": "guest-exec", "arguments": arguments}))?;
+    let status = json!({"execute": "guest-exec-status", "arguments": {"pid": started["pid"]}});
+    let code = wait_until(Duration::from_secs(60), "a command in the guest", || {
+        let status = agent(vm, &status)?;
+        Ok((status["exited"] == true).then(|| status["exitcode"].as_i64().unwrap_or(-1)))
+    })?;
+    if code != 0 {
+        bail!("in the guest, {script:?} ended with {code}");
     }
+    Ok(())
+}
 
-    /// Runs a shell command in the guest, and waits for it.
-    ///
-    /// # Errors
-    /// When it fails, or does not end within a minute.
-    pub fn sh(&self, script: &str) -> Result<()> {
-        let arguments = json!({"path": "/bin/sh", "arg": ["-c", script]});
-        let started = self.agent(&json!({"execute": "guest-exec", "arguments": arguments}))?;
-        let status = json!({"execute": "guest-exec-status", "arguments": {"pid": started["pid"]}});
-        let code = wait_until(Duration::from_secs(60), "a command in the guest", || {
-            let status = self.agent(&status)?;
-            Ok((status["exited"] == true).then(|| status["exitcode"].as_i64().unwrap_or(-1)))
-        })?;
-        if code != 0 {
-            bail!("in the guest, {script:?} ended with {code}");
-        }
-        Ok(())
-    }
-
-    /// Whether its file systems are frozen, as its agent says.
-    ///
-    /// # Errors
-    /// When the agent does not answer.
-    pub fn is_frozen(&self) -> Result<bool> {
-        Ok(self.agent(&json!({"execute": "guest-fsfreeze-status"}))? == "frozen")
-    }
+/// Whether the guest's file systems are frozen, as its agent says.
+///
+/// # Errors
+/// When the agent does not answer.
+pub fn is_frozen(vm: &Vm) -> Result<bool> {
+    Ok(agent(vm, &json!({"execute": "guest-fsfreeze-status"}))? == "frozen")
 }
 
 fn run(command: &mut Command) -> Result<()> {

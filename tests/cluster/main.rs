@@ -1,0 +1,12 @@
+//! Against a real API server, a real libvirt and QEMU, and the operator and agents as users run them.
+//!
+//! Each test has VMs and objects of its own, by names of its own, so that all run at once on one bed
+//! (`make test`, or `make up` and what it prints).
+
+mod backups;
+mod crds;
+mod guests;
+mod limits;
+mod refusals;
+mod rig;
+mod transfers;

@@ -1,0 +1,256 @@
+//! What the tests share: a VM and its backups, by names of their own, removed when the test ends.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use base64ct::{Base64, Encoding as _};
+use serde_json::{Value, json};
+use virtmark_bed::component::VM_NAMESPACE;
+use virtmark_bed::{Bed, Disk, Plan, Vm, wait_until};
+
+pub const MIB: u64 = 1 << 20;
+
+/// Long enough for a loaded machine, short enough to end.
+pub const BOUND: Duration = Duration::from_secs(60);
+
+/// A VM on the shared bed, published, and the objects that a test makes about it.
+pub struct Rig {
+    pub bed: Bed,
+    pub vm: Vm,
+    made: std::cell::RefCell<Vec<(&'static str, String)>>,
+    pub files: tempfile::TempDir,
+}
+
+impl Rig {
+    /// A VM that runs, with these disks.
+    pub fn running(name: &str, disks: impl IntoIterator<Item = Disk>) -> Result<Self> {
+        let rig = Self::off(name, disks)?;
+        rig.vm.start()?;
+        rig.published("Running")?;
+        Ok(rig)
+    }
+
+    /// A VM that is off.
+    pub fn off(name: &str, disks: impl IntoIterator<Item = Disk>) -> Result<Self> {
+        let bed = Bed::from_env()?;
+        let plan = disks.into_iter().fold(Plan::new(name), Plan::disk);
+        let vm = plan.define(&bed.hypervisors[0])?;
+        Self::of(bed, vm)
+    }
+
+    /// A VM that was made already.
+    pub fn of(bed: Bed, vm: Vm) -> Result<Self> {
+        let rig = Self { bed, vm, made: std::cell::RefCell::default(), files: tempfile::tempdir()? };
+        rig.published(if rig.vm.state()? == "running" { "Running" } else { "Off" })?;
+        Ok(rig)
+    }
+
+    /// Waits until the VM is published in a state.
+    pub fn published(&self, state: &str) -> Result<()> {
+        wait_until(BOUND, &format!("{} to be published as {state}", self.vm.name), || {
+            let found = self.get("lvd", &self.vm.name)?;
+            Ok((found["status"]["state"] == state && found["spec"]["uuid"] == self.vm.uuid).then_some(()))
+        })
+    }
+
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
+        self.bed.kubectl().run(&[&["-n", VM_NAMESPACE], arguments].concat())
+    }
+
+    /// An object, or null.
+    pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
+        let text = self.kubectl(&["get", kind, name, "--ignore-not-found", "-o", "json"])?;
+        if text.trim().is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(&text)?) }
+    }
+
+    /// Makes a VmBackup of the VM; `spec` adds to, or overrides, the name of the VM.
+    pub fn backup(&self, name: &str, spec: Value) -> Result<()> {
+        let mut whole = json!({"vm": self.vm.name});
+        merge(&mut whole, spec);
+        self.create("vmbackup", "VmBackup", name, &whole)
+    }
+
+    pub fn transfer(&self, name: &str, spec: &Value) -> Result<()> {
+        self.create("imagetransfer", "ImageTransfer", name, spec)
+    }
+
+    fn create(&self, resource: &'static str, kind: &str, name: &str, spec: &Value) -> Result<()> {
+        let object = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": kind,
+            "metadata": {"name": name, "namespace": VM_NAMESPACE}, "spec": spec});
+        self.made.borrow_mut().push((resource, name.to_owned()));
+        self.bed.kubectl().run_with(&["create", "-f", "-"], &object.to_string()).map(drop)
+    }
+
+    /// Patches `spec.state`.
+    pub fn state(&self, kind: &str, name: &str, state: &str) -> Result<()> {
+        let patch = json!({"spec": {"state": state}}).to_string();
+        self.kubectl(&["patch", kind, name, "--type=merge", "-p", &patch]).map(drop)
+    }
+
+    /// Waits for a phase; answers the status. Another end than the one waited for is an error at once.
+    pub fn phase(&self, kind: &str, name: &str, phase: &str) -> Result<Value> {
+        self.until(kind, name, &format!("phase {phase}"), |status| {
+            let now = status["phase"].as_str().unwrap_or_default();
+            if now != phase && ["Succeeded", "Failed", "Cancelled"].contains(&now) {
+                bail!("{kind} {name} is {now}, not {phase}: {}", ready(status));
+            }
+            Ok(now == phase)
+        })
+    }
+
+    /// Waits for a reason of the Ready condition; answers its message.
+    pub fn reason(&self, kind: &str, name: &str, reason: &str) -> Result<String> {
+        let status = self
+            .until(kind, name, &format!("reason {reason}"), |status| Ok(ready(status)["reason"] == reason))?;
+        Ok(ready(&status)["message"].as_str().unwrap_or_default().to_owned())
+    }
+
+    fn until(
+        &self,
+        kind: &str,
+        name: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> Result<bool>,
+    ) -> Result<Value> {
+        let mut last = Value::Null;
+        wait_until(BOUND, &format!("{kind} {name} to have {what}"), || {
+            last = self.get(kind, name)?["status"].clone();
+            Ok(holds(&last)?.then(|| last.clone()))
+        })
+        .with_context(|| format!("its status: {last}"))
+    }
+
+    /// Waits until an object is gone.
+    pub fn gone(&self, kind: &str, name: &str) -> Result<()> {
+        wait_until(BOUND, &format!("{kind} {name} to go"), || {
+            Ok(self.get(kind, name)?.is_null().then_some(()))
+        })
+    }
+
+    /// What a client needs of a transfer: its URL, the CA's file, the unix socket.
+    pub fn ticket(&self, transfer: &str) -> Result<Ticket> {
+        let status = self.phase("imagetransfer", transfer, "Ready")?;
+        let name = status["ticketSecret"].as_str().context("no ticketSecret")?.to_owned();
+        let secret = self.get("secret", &name)?;
+        assert_eq!(secret["type"], "virtmark.dev/ticket");
+        let text = |key: &str| -> Result<String> {
+            let encoded = secret["data"][key].as_str().with_context(|| format!("the Secret has no {key}"))?;
+            let bytes = Base64::decode_vec(encoded).map_err(|error| anyhow::anyhow!("{key}: {error}"))?;
+            Ok(String::from_utf8(bytes)?)
+        };
+        let ca = self.files.path().join(format!("{name}.pem"));
+        std::fs::write(&ca, text("ca.crt")?)?;
+        Ok(Ticket { url: text("url")?, unix_socket: text("unixSocket")?.into(), ca, secret: name })
+    }
+
+    /// Reads a transfer's whole disk over HTTPS, and compares it with a remembered mirror.
+    pub fn read(&self, transfer: &str, remembered: &Path) -> Result<()> {
+        let ticket = self.ticket(transfer)?;
+        let image = self.files.path().join(format!("{transfer}.raw"));
+        let status = ticket.curl(&["-o", &image.to_string_lossy()])?;
+        if status != "200" {
+            bail!("HTTP {status}");
+        }
+        virtmark_bed::compare(remembered, &image, "raw")
+    }
+
+    /// Nothing of any backup of this VM is on the host: no job, no checkpoint, no file.
+    pub fn host_is_clean(&self) -> Result<()> {
+        let node = self.vm.hypervisor();
+        if self.vm.state()? == "running" {
+            let job = node.virsh(&["domjobinfo", &self.vm.name])?;
+            assert!(job.contains("None"), "{job}");
+        }
+        let checkpoints = node.virsh(&["checkpoint-list", "--name", &self.vm.name])?;
+        assert_eq!(checkpoints.trim(), "", "libvirt's note of a checkpoint is left");
+        for (kind, name) in self.made.borrow().iter().filter(|(kind, _)| *kind == "vmbackup") {
+            let uid = self.get(kind, name)?["metadata"]["uid"].as_str().unwrap_or("none").to_owned();
+            for folder in ["run", "state/backups"] {
+                let path = node.dir.join("agent").join(folder).join(&uid);
+                assert!(!path.exists(), "{} is left", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of our bitmaps in a disk of the VM, running or off.
+    pub fn bitmaps(&self, target: &str) -> Result<Vec<String>> {
+        if self.vm.state()? == "running" {
+            return Ok(self
+                .vm
+                .live_bitmaps()?
+                .into_iter()
+                .filter(|name| name.starts_with("virtmark-"))
+                .collect());
+        }
+        let output =
+            Command::new("qemu-img").args(["info", "--output=json"]).arg(self.vm.image(target)).output()?;
+        let info: Value = serde_json::from_slice(&output.stdout)?;
+        let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+        Ok(bitmaps.iter().filter_map(|bitmap| bitmap["name"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// The reasons of the Events about an object.
+    pub fn events(&self, name: &str) -> Result<Vec<String>> {
+        let list = ["get", "events", "-o", "json", "--field-selector"];
+        let about = format!("involvedObject.name={name}");
+        let found: Value = serde_json::from_str(&self.kubectl(&[list.as_slice(), &[&about]].concat())?)?;
+        let items = found["items"].as_array().cloned().unwrap_or_default();
+        Ok(items.iter().filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect())
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        for (kind, name) in self.made.borrow().iter().rev() {
+            // what the test deleted itself is gone already
+            let _ = self.kubectl(&["delete", kind, name, "--ignore-not-found", "--timeout=60s"]);
+        }
+    }
+}
+
+/// A transfer's ticket.
+pub struct Ticket {
+    pub url: String,
+    pub unix_socket: PathBuf,
+    pub ca: PathBuf,
+    pub secret: String,
+}
+
+impl Ticket {
+    /// curl of the URL; answers the HTTP status.
+    pub fn curl(&self, arguments: &[&str]) -> Result<String> {
+        self.curl_at(&self.url, arguments)
+    }
+
+    pub fn curl_at(&self, url: &str, arguments: &[&str]) -> Result<String> {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--max-time", "60", "-w", "%{http_code}", "--cacert"]).arg(&self.ca);
+        if !arguments.contains(&"-o") {
+            curl.args(["-o", "/dev/null"]);
+        }
+        let output = curl.args(arguments).arg(url).output()?;
+        if !output.status.success() {
+            bail!("curl: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+}
+
+fn ready(status: &Value) -> Value {
+    let conditions = status["conditions"].as_array().cloned().unwrap_or_default();
+    conditions.into_iter().find(|condition| condition["type"] == "Ready").unwrap_or_default()
+}
+
+fn merge(into: &mut Value, from: Value) {
+    if let (Value::Object(into), Value::Object(from)) = (into, from) {
+        into.extend(from);
+    }
+}
+
+/// One qcow2 disk of 64 MiB, `vda`.
+pub fn small() -> [Disk; 1] {
+    [Disk::qcow2("vda", 64 * MIB)]
+}

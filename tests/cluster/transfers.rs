@@ -1,0 +1,80 @@
+//! ImageTransfers that users make, their tickets, and NBD.
+
+use std::process::Command;
+
+use anyhow::Result;
+use serde_json::json;
+use virtmark_bed::compare;
+
+use super::rig::{MIB, Rig, small};
+
+#[test]
+fn a_transfer_may_be_applied_before_its_backup() -> Result<()> {
+    let rig = Rig::running("manual", small())?;
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    rig.transfer("manual-t", &json!({"backup": "manual-1", "disk": "vda"}))?;
+    rig.reason("imagetransfer", "manual-t", "BackupNotFound")?;
+    rig.backup("manual-1", json!({"transfers": "Manual"}))?;
+    rig.read("manual-t", &rig.vm.remember("vda")?)?;
+    rig.transfer("manual-x", &json!({"backup": "manual-1", "disk": "vdx"}))?;
+    rig.phase("imagetransfer", "manual-x", "Failed")?;
+    let message = rig.reason("imagetransfer", "manual-x", "DiskNotFound")?;
+    assert!(message.contains("it has vda"), "{message}");
+    rig.state("vmbackup", "manual-1", "Finalized")?;
+    rig.phase("vmbackup", "manual-1", "Succeeded")?;
+    rig.phase("imagetransfer", "manual-t", "Succeeded")?;
+    rig.transfer("manual-late", &json!({"backup": "manual-1", "disk": "vda"}))?;
+    rig.phase("imagetransfer", "manual-late", "Failed")?;
+    rig.reason("imagetransfer", "manual-late", "TransferFailed").map(drop)
+}
+
+#[test]
+fn an_ended_ticket_answers_as_imageios_does() -> Result<()> {
+    let rig = Rig::running("tickets", small())?;
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    rig.backup("tickets-1", json!({"transfers": "Manual"}))?;
+    for transfer in ["tickets-a", "tickets-b"] {
+        rig.transfer(transfer, &json!({"backup": "tickets-1", "disk": "vda"}))?;
+    }
+    let (finalized, cancelled) = (rig.ticket("tickets-a")?, rig.ticket("tickets-b")?);
+    assert_eq!(finalized.curl(&[])?, "200");
+    let local = finalized.url.split_once("/images/").map(|(_, id)| format!("http://localhost/images/{id}"));
+    let socket = finalized.unix_socket.to_string_lossy().into_owned();
+    assert_eq!(finalized.curl_at(&local.unwrap_or_default(), &["--unix-socket", &socket])?, "200");
+    rig.state("imagetransfer", "tickets-a", "Finalized")?;
+    rig.state("imagetransfer", "tickets-b", "Cancelled")?;
+    rig.phase("imagetransfer", "tickets-a", "Succeeded")?;
+    rig.phase("imagetransfer", "tickets-b", "Cancelled")?;
+    assert_eq!(finalized.curl(&[])?, "403");
+    assert_eq!(cancelled.curl(&[])?, "403");
+    rig.gone("secret", &finalized.secret)?;
+    rig.gone("secret", &cancelled.secret)?;
+    assert_eq!(
+        rig.get("vmbackup", "tickets-1")?["status"]["phase"],
+        "Ready",
+        "a transfer's end is not the backup's"
+    );
+    rig.state("vmbackup", "tickets-1", "Finalized")?;
+    rig.phase("vmbackup", "tickets-1", "Succeeded").map(drop)
+}
+
+#[test]
+fn a_client_on_the_node_may_read_nbd_and_says_so() -> Result<()> {
+    let rig = Rig::running("nbd", small())?;
+    rig.vm.write("vda", 3 * MIB, 5 * MIB, 0x77)?;
+    rig.backup("nbd-1", json!({"transfers": "Manual"}))?;
+    rig.transfer("nbd-t", &json!({"backup": "nbd-1", "disk": "vda", "protocol": "Nbd"}))?;
+    let status = rig.phase("imagetransfer", "nbd-t", "Ready")?;
+    assert!(status["ticketSecret"].is_null(), "no ticket is needed");
+    let text = |key: &str| status["nbd"][key].as_str().unwrap_or_default().to_owned();
+    let uri = format!("nbd+unix:///{}?socket={}", text("export"), text("socket"));
+    let image = rig.files.path().join("nbd.raw");
+    let copied = Command::new("nbdcopy").arg(&uri).arg(&image).output()?;
+    assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    compare(&rig.vm.remember("vda")?, &image, "raw")?;
+    rig.state("vmbackup", "nbd-1", "Finalized")?;
+    rig.reason("vmbackup", "nbd-1", "TransfersIncomplete")?;
+    rig.state("imagetransfer", "nbd-t", "Finalized")?;
+    rig.phase("vmbackup", "nbd-1", "Succeeded")?;
+    rig.host_is_clean()
+}

@@ -1,0 +1,146 @@
+//! The floors of ARCHITECTURE.md: who must never import whom.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// For each part of `src`, what its code must not name. The longest prefix that fits a file counts.
+const NEVER: &[(&str, &[&str])] = &[
+    ("extent.rs", &["crate::", "tokio", "kube", "serde_json", "std::fs", "std::net"]),
+    ("reason.rs", &["crate::", "tokio", "kube", "std::fs", "std::net"]),
+    (
+        "api",
+        &[
+            "crate::agent",
+            "crate::controller",
+            "crate::cluster",
+            "crate::clock",
+            "tokio",
+            "kube::Client",
+            "std::fs",
+        ],
+    ),
+    ("nbd/proto.rs", PURE),
+    ("nbd/handshake", PURE),
+    ("nbd/transmission", PURE),
+    ("nbd/client.rs", &["hyper", "kube", "crate::libvirt", "crate::imageio", "crate::api"]),
+    ("imageio/wire.rs", PURE),
+    ("imageio/route.rs", PURE),
+    ("imageio/coverage", PURE),
+    ("imageio/ticket.rs", PURE),
+    (
+        "imageio",
+        &["kube::", "k8s_openapi", "crate::api", "crate::libvirt", "crate::agent", "crate::controller"],
+    ),
+    ("libvirt/xml.rs", &["virt::", "tokio", "hyper", "kube::", "std::fs"]),
+    ("libvirt", &["kube::", "hyper", "crate::nbd", "crate::imageio", "crate::agent", "crate::controller"]),
+    ("agent/backup/life.rs", DECISION),
+    ("agent/backup/decide.rs", DECISION),
+    ("agent/backup/status.rs", DECISION),
+    ("agent/transfer/status.rs", DECISION),
+    ("agent", &["crate::controller"]),
+    ("controller/backup/resolve.rs", DECISION),
+    ("controller/backup/desired.rs", DECISION),
+    ("controller/backup/status.rs", DECISION),
+    ("controller/domain/publish.rs", DECISION),
+    ("controller", &["crate::libvirt", "crate::nbd", "crate::imageio", "crate::agent", "std::fs"]),
+    ("cluster.rs", &["crate::agent", "crate::controller", "crate::libvirt", "crate::imageio"]),
+];
+
+/// Formats: bytes in, bytes out.
+const PURE: &[&str] = &[
+    "tokio",
+    "hyper::server",
+    "hyper_util",
+    "kube",
+    "crate::api",
+    "std::fs",
+    "std::net",
+    "std::time::SystemTime",
+];
+
+/// Decisions: values in, values out.
+const DECISION: &[&str] = &[
+    "tokio",
+    "hyper",
+    "kube::Client",
+    "kube::Api",
+    "crate::cluster",
+    "crate::clock",
+    "std::fs",
+    "std::net",
+    "std::process",
+    "SystemTime",
+    "rand::",
+];
+
+fn rule(file: &str) -> Option<&'static (&'static str, &'static [&'static str])> {
+    let fits = NEVER
+        .iter()
+        .filter(|(part, _)| file == *part || file.starts_with(&format!("{}/", part.trim_end_matches(".rs"))));
+    fits.max_by_key(|(part, _)| part.len())
+}
+
+/// What `text` names although it must not. Comments and tests may say what they like.
+fn breaches(file: &str, text: &str) -> Vec<String> {
+    let Some((part, never)) = rule(file) else { return Vec::new() };
+    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let lines = code.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+    let named = lines
+        .flat_map(|line| never.iter().filter(move |name| names(line, name)).map(move |name| (line, name)));
+    named.map(|(line, name)| format!("{file}: {part} must not name {name}: {line}")).collect()
+}
+
+/// Whether `line` names `name` as a path, not as the end of a longer word.
+fn names(line: &str, name: &str) -> bool {
+    line.match_indices(name).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        let after = line[at + name.len()..].chars().next();
+        let ends = name.ends_with(':') || after.is_none_or(|c| !c.is_alphanumeric() && c != '_');
+        ends && before.is_none_or(|c| !c.is_alphanumeric() && c != '_' && c != ':')
+    })
+}
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn nobody_looks_up() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let found: Vec<String> = files
+        .iter()
+        .filter(|path| path.file_name().is_none_or(|name| name != "tests.rs"))
+        .flat_map(|path| {
+            let file = path.strip_prefix(&src).unwrap().to_string_lossy().into_owned();
+            breaches(&file, &fs::read_to_string(path).unwrap())
+        })
+        .collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+    for (part, _) in NEVER {
+        assert!(src.join(part).exists(), "the table names {part}, which is not there");
+    }
+}
+
+#[test]
+fn the_test_can_fail() {
+    let bad = [
+        ("extent.rs", "use tokio::io;"),
+        ("agent/backup/life.rs", "let now = crate::clock::now();"),
+        ("controller/backup/mod.rs", "use crate::agent::state;"),
+        ("imageio/serve.rs", "use kube::Api;"),
+    ];
+    for (file, line) in bad {
+        assert_eq!(breaches(file, line).len(), 1, "{file}: {line}");
+    }
+    assert!(breaches("extent.rs", "// tokio is not used here").is_empty());
+    assert!(breaches("agent/run.rs", "use tokio::io;").is_empty());
+}

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::Client;
 
 use super::backup::act::{Host, HostError};
@@ -141,6 +142,19 @@ impl Context {
     pub async fn count_missing(&self, live: &Live, record: &Record, disk: &str) -> Result<(), AgentError> {
         live.count_missing(disk, self.unread(live, record, disk).await?);
         Ok(())
+    }
+
+    /// When a client last asked for something of this backup, as far as its tickets tell.
+    pub fn last_request(&self, live: &Live, now: Timestamp) -> Option<Timestamp> {
+        for transfer in live.tickets() {
+            if let Some(stats) = self.tickets.stats(&transfer).filter(|stats| stats.ever_used)
+                && let Ok(idle) = SignedDuration::try_from(stats.idle)
+                && let Ok(when) = now.checked_sub(idle)
+            {
+                live.requested(when);
+            }
+        }
+        live.last_request()
     }
 
     /// Stores what was served of each disk: what is not stored counts as unread after a crash.

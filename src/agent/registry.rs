@@ -38,6 +38,8 @@ struct Served {
     missing: BTreeMap<String, u64>,
     /// When a client last asked for something, as far as tickets tell.
     last_request: Option<Timestamp>,
+    /// Transfers with a ticket.
+    tickets: HashSet<String>,
     /// Transfers whose reading this agent cannot see.
     unseen: HashSet<String>,
     /// When its end was seen first.
@@ -106,6 +108,16 @@ impl Live {
     /// Per disk, bytes that must be read and were not, as last counted.
     pub fn missing(&self) -> Vec<(String, u64)> {
         self.served().missing.iter().map(|(disk, bytes)| (disk.clone(), *bytes)).collect()
+    }
+
+    /// Notes that a transfer has a ticket.
+    pub fn ticketed(&self, transfer: &str) {
+        self.served().tickets.insert(transfer.to_owned());
+    }
+
+    /// The transfers that have, or had, a ticket.
+    pub fn tickets(&self) -> Vec<String> {
+        self.served().tickets.iter().cloned().collect()
     }
 
     /// Notes that a client asked for something at `when`.

@@ -161,6 +161,7 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
         for (_, stored) in tickets.into_iter().filter(|_| serving) {
             let disk = stored.ticket.disk.clone();
             live.require(&disk, stored.required);
+            live.ticketed(&stored.ticket.transfer);
             context.tickets.add(stored.ticket, context.coverage(&live, &record, &disk));
         }
     }

@@ -123,13 +123,14 @@ struct Gathered {
     block_jobs: Vec<String>,
     foreign_job: bool,
     missing: Option<Vec<(String, u64)>>,
+    last_request: Option<Timestamp>,
     hold: Option<Because>,
 }
 
 impl Gathered {
     fn facts<'a>(&'a self, backup: &VmBackup, live: &Live, life: &Life) -> Facts<'a> {
         let now = clock::now();
-        let asked = if live.has_unseen() { Some(now) } else { live.last_request() };
+        let asked = if live.has_unseen() { Some(now) } else { self.last_request };
         Facts {
             deleting: backup.metadata.deletion_timestamp.is_some(),
             created: backup.creation_timestamp().map_or(now, |created| created.0),
@@ -168,6 +169,7 @@ async fn gather(
         block_jobs,
         foreign_job: job == Job::Foreign,
         missing,
+        last_request: context.last_request(live, clock::now()),
         hold: None,
     })
 }

@@ -94,13 +94,6 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
     if ends {
         end(&transfer, &uid, &live, &record, &standing, &context).await?;
     }
-    if let Some(stats) = context.tickets.stats(&uid)
-        && let Ok(idle) = k8s_openapi::jiff::SignedDuration::try_from(stats.idle)
-        && stats.ever_used
-        && let Ok(when) = clock::now().checked_sub(idle)
-    {
-        live.requested(when);
-    }
     let observed = observe(&transfer, standing, Some(&live), Some(&record), &context);
     drop(record);
     let requeue = write(&transfer, &old, observed, &context).await;
@@ -199,6 +192,7 @@ async fn open(
         },
     };
     live.require(disk, ticket.required);
+    live.ticketed(uid);
     if context.tickets.stats(uid).is_some() && !is_new {
         return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
     }
@@ -266,6 +260,8 @@ async fn end(
     context: &Context,
 ) -> Result<(), AgentError> {
     let finalized = matches!(standing, Standing::Ended(Phase::Succeeded, _));
+    // a ticket that is gone tells no more when it was used
+    context.last_request(live, clock::now());
     context.tickets.end(uid, if finalized { End::Removed } else { End::Canceled });
     context.tickets.drained(uid, DRAIN).await;
     live.unseen(uid, false);

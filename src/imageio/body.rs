@@ -151,6 +151,7 @@ impl ImageBody {
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, NbdError>>> {
         let Some(stream) = self.stream.as_mut() else { return Poll::Ready(None) };
+        ready!(self.running.connection.poll_taken(cx));
         if let Some(given) = self.given.take() {
             self.socket += given.elapsed();
         }

@@ -106,6 +106,18 @@ impl Drop for Journal {
 
 /// MiB a second, whole; 0 when no time passed.
 fn rate(bytes: u64, time: Duration) -> u64 {
-    let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    (bytes >> 10).saturating_mul(1000).checked_div(millis).unwrap_or(0) >> 10
+    let a_second = u128::from(bytes) * 1_000_000 / time.as_micros().max(1);
+    if time.is_zero() { 0 } else { u64::try_from(a_second >> 20).unwrap_or(u64::MAX) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_of_short_and_long_times() {
+        assert_eq!(rate(1 << 20, Duration::from_micros(500)), 2000);
+        assert_eq!(rate(1 << 40, Duration::from_secs(1024)), 1024);
+        assert_eq!(rate(5, Duration::ZERO), 0);
+    }
 }

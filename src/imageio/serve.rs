@@ -42,8 +42,8 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 const MAX_HEAD: usize = 32 << 10;
 /// Most headers of a request.
 const MAX_HEADERS: usize = 64;
-/// hyper's buffers: one frame of a body is taken at a time, since each is larger.
-const MAX_BUFFER: usize = 64 << 10;
+/// hyper's buffers; bodies are held back by [`super::connection`] before they are full.
+const MAX_BUFFER: usize = 512 << 10;
 /// Connections waiting to be accepted.
 const BACKLOG: u32 = 128;
 

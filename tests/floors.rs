@@ -101,8 +101,8 @@ fn names(line: &str, name: &str) -> bool {
 }
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
-        let path = entry.path();
+    for entry in fs::read_dir(dir).expect("a folder of src") {
+        let path = entry.expect("an entry of src").path();
         if path.is_dir() {
             sources(&path, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") {

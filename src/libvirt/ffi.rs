@@ -182,7 +182,7 @@ extern "C" fn free_sender(opaque: *mut c_void) {
 /// Registers for life-cycle, device and job events of every domain of `connection`.
 pub(super) fn register(connection: &Connect, sender: &EventSender) -> Result<(), LibvirtError> {
     type Generic = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
-    // SAFETY (all three): libvirt's API takes every callback as the generic type and calls it with the
+    // SAFETY: this and the next two: libvirt's API takes every callback as the generic type and calls it with the
     // arguments of its event id, which are those of the functions above (libvirt-domain.h,
     // VIR_DOMAIN_EVENT_CALLBACK).
     let lifecycle: Generic = unsafe { std::mem::transmute(on_lifecycle as *const ()) };

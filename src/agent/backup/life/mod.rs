@@ -250,7 +250,7 @@ impl Life {
             }
             (Action::AbortJob, Report::Done) => self.held.job = false,
             (Action::DeleteCheckpoint | Action::ForgetCheckpoint, Report::Done) => {
-                self.held.checkpoint = false
+                self.held.checkpoint = false;
             }
             (Action::RemoveFiles, Report::Done) => self.held.files = false,
             (action, Report::Failed(because)) => self.deferred.push((action, because)),

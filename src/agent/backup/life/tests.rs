@@ -159,7 +159,7 @@ proptest! {
                 let first = first_outcome.get_or_insert_with(|| outcome.clone());
                 prop_assert_eq!(&*first, outcome, "an outcome changed");
             }
-            prop_assert!(!(life.outcome == Some(Outcome::Succeeded) && !finalized_while_serving));
+            prop_assert!(life.outcome != Some(Outcome::Succeeded) || finalized_while_serving);
         }
         // from here on the host does as it is told; the user gives up
         life.end(Outcome::Failed(because(Reason::Deleted)));

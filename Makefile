@@ -13,7 +13,7 @@ demo: build
 	$(bed) demo
 
 up: build
-	$(bed) up
+	$(bed) --hypervisors 2 up
 
 down:
 	[ ! -x $(bed) ] || $(bed) down

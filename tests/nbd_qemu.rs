@@ -196,37 +196,3 @@ async fn a_silent_server_is_a_timeout() {
     assert!(matches!(Client::connect(&export).await, Err(NbdError::ConnectTimeout { .. })));
     assert!(before.elapsed() >= Duration::from_secs(10));
 }
-
-/// Not a test: how fast one connection reads 2 GiB of data from memory, by request size and window.
-/// `cargo test --test nbd_qemu -- --ignored --nocapture measure`, beside `nbdcopy -C1 URI null:`.
-#[tokio::test]
-#[ignore = "a measurement"]
-async fn measure() {
-    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let image = directory.path().join("data.img");
-    run("dd", &["if=/dev/urandom", &format!("of={}", path(&image)), "bs=1M", "count=2048", "status=none"]);
-    let server = QemuNbd::start(directory.path(), &["--format=raw", path(&image)]);
-    for (request, window) in
-        [(128, 8), (128, 8), (128, 4), (128, 16), (64, 16), (256, 2), (256, 8), (1024, 4)]
-    {
-        let mut client = Client::connect(&server.export(None)).await.unwrap();
-        client.shape(request << 10, window);
-        let begin = std::time::Instant::now();
-        let mut stream = client.read_stream(0, 2 << 30).unwrap();
-        let mut bytes = 0;
-        while let Some(chunk) = stream.next().await {
-            bytes += chunk.unwrap().len();
-        }
-        let seconds = begin.elapsed().as_secs_f64();
-        assert_eq!(bytes, 2 << 30);
-        println!("{request:5} KiB x {window:2}: {seconds:.2} s, {:.0} MiB/s", 2048.0 / seconds);
-    }
-    for _ in 0..2 {
-        let begin = std::time::Instant::now();
-        run("nbdcopy", &["-C1", "--request-size=262144", &server.uri(), "null:"]);
-        println!("nbdcopy -C1 256K: {:.2} s", begin.elapsed().as_secs_f64());
-        let begin = std::time::Instant::now();
-        run("nbdcopy", &["-C1", &server.uri(), "null:"]);
-        println!("nbdcopy -C1: {:.2} s", begin.elapsed().as_secs_f64());
-    }
-}

@@ -16,6 +16,8 @@ pub mod conditions;
 mod domain;
 mod schema;
 mod sighting;
+#[cfg(test)]
+mod tests;
 mod transfer;
 
 pub use backup::{

@@ -4,9 +4,11 @@
 //! (`make test`, or `make up` and what it prints).
 
 mod backups;
+mod costs;
 mod crds;
 mod guests;
 mod limits;
 mod refusals;
+mod restarts;
 mod rig;
 mod transfers;

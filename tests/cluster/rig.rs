@@ -34,9 +34,16 @@ impl Rig {
 
     /// A VM that is off.
     pub fn off(name: &str, disks: impl IntoIterator<Item = Disk>) -> Result<Self> {
+        Self::off_on(0, name, disks)
+    }
+
+    /// A VM that is off, on the hypervisor with this index. The second one is for tests that restart things.
+    pub fn off_on(index: usize, name: &str, disks: impl IntoIterator<Item = Disk>) -> Result<Self> {
         let bed = Bed::from_env()?;
         let plan = disks.into_iter().fold(Plan::new(name), Plan::disk);
-        let vm = plan.define(&bed.hypervisors[0])?;
+        let hypervisor =
+            bed.hypervisors.get(index).context("the bed has one hypervisor: bed --hypervisors 2")?;
+        let vm = plan.define(hypervisor)?;
         Self::of(bed, vm)
     }
 

@@ -1,0 +1,117 @@
+//! The CEL rules, run without an API server: what is refused at creation, and what must not change.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn backup(name: &str, spec: Value) -> VmBackup {
+    let metadata = json!({"name": name, "namespace": "vms"});
+    let object = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmBackup", "metadata": metadata, "spec": spec});
+    serde_json::from_value(object).unwrap()
+}
+
+fn with(change: Value) -> VmBackup {
+    let mut spec = json!({"vm": "db01", "disks": ["vda"], "quiesce": {"mode": "None"}});
+    for (key, value) in change.as_object().unwrap() {
+        spec[key] = value.clone();
+    }
+    backup("b", spec)
+}
+
+#[test]
+fn a_name_that_leaves_no_room_for_its_transfers_is_refused() {
+    backup(&"x".repeat(180), json!({"vm": "db01"})).validate_cel().unwrap();
+    let refused = backup(&"x".repeat(181), json!({"vm": "db01"})).validate_cel();
+    assert!(format!("{:?}", refused.unwrap_err()).contains("at most 180"));
+}
+
+#[test]
+fn what_a_backup_is_about_never_changes() {
+    let old = with(json!({}));
+    for (change, words) in [
+        (json!({"vm": "db02"}), "vm is immutable"),
+        (json!({"disks": ["vdb"]}), "disks is immutable"),
+        (json!({"disks": null}), "disks is immutable"),
+        (json!({"quiesce": {"mode": "Required"}}), "quiesce is immutable"),
+        (json!({"quiesce": null}), "quiesce is immutable"),
+        (json!({"offline": "Refuse"}), "offline is immutable"),
+        (json!({"transfers": "Manual"}), "transfers is immutable"),
+    ] {
+        let refused = with(change.clone()).validate_cel_update(&old);
+        let said = format!("{:?}", refused.expect_err(&change.to_string()));
+        assert!(said.contains(words), "{change}: {said}");
+    }
+    for change in [
+        json!({}),
+        json!({"clientIdleSeconds": 1}),
+        json!({"readyDeadlineSeconds": 1}),
+        json!({"startDeadlineSeconds": 1}),
+        json!({"ttlSecondsAfterFinished": 1}),
+    ] {
+        with(change.clone()).validate_cel_update(&old).expect(&change.to_string());
+    }
+}
+
+#[test]
+fn state_goes_one_way() {
+    let states = ["Running", "Finalized", "Cancelled"];
+    for (from, old) in states.iter().enumerate() {
+        for (to, new) in states.iter().enumerate() {
+            let (before, after) = (with(json!({"state": old})), with(json!({"state": new})));
+            assert_eq!(after.validate_cel_update(&before).is_ok(), to >= from, "{old} to {new}");
+            let transfer = |state: &str| -> ImageTransfer {
+                serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "ImageTransfer",
+                    "metadata": {"name": "t"}, "spec": {"backup": "b", "disk": "vda", "state": state}}))
+                .unwrap()
+            };
+            let moved = transfer(new).validate_cel_update(&transfer(old));
+            assert_eq!(moved.is_ok(), to >= from, "transfer: {old} to {new}");
+        }
+    }
+}
+
+#[test]
+fn every_node_of_every_schema_is_typed_and_bounded() {
+    fn walk(path: &str, node: &Value, found: &mut Vec<String>) {
+        let opaque = node.get("x-kubernetes-int-or-string").is_some();
+        match node.get("type").and_then(Value::as_str) {
+            None if !opaque => found.push(format!("{path} has no type")),
+            Some("array") if node.get("maxItems").is_none() => found.push(format!("{path} has no maxItems")),
+            Some("string") => {
+                let bounded = ["maxLength", "enum", "format"].iter().any(|bound| node.get(bound).is_some());
+                // the conditions' own schema is Kubernetes'
+                if !bounded && !path.contains(".conditions") {
+                    found.push(format!("{path} has no bound"));
+                }
+            }
+            _ => {}
+        }
+        for (name, child) in node.get("properties").and_then(Value::as_object).into_iter().flatten() {
+            walk(&format!("{path}.{name}"), child, found);
+        }
+        if let Some(items) = node.get("items") {
+            assert!(items.is_object(), "{path}: a tuple is no structural schema");
+            walk(&format!("{path}[]"), items, found);
+        }
+    }
+    let mut found = Vec::new();
+    for crd in crds() {
+        let schema = serde_json::to_value(&crd.spec.versions[0].schema).unwrap();
+        let schema = &schema["openAPIV3Schema"]["properties"];
+        for part in ["spec", "status"] {
+            if let Some(node) = schema.get(part) {
+                walk(&format!("{}.{part}", crd.spec.names.kind), node, &mut found);
+            }
+        }
+    }
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn every_reason_says_what_it_means_and_what_to_do() {
+    use crate::reason::Reason;
+    for reason in Reason::ALL {
+        assert!(!reason.meaning().is_empty() && !reason.next_step().is_empty(), "{reason}");
+        assert!(reason.as_str().chars().all(char::is_alphanumeric), "{reason} is CamelCase");
+    }
+}

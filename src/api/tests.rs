@@ -48,7 +48,7 @@ fn what_a_backup_is_about_never_changes() {
         json!({"startDeadlineSeconds": 1}),
         json!({"ttlSecondsAfterFinished": 1}),
     ] {
-        with(change.clone()).validate_cel_update(&old).expect(&change.to_string());
+        assert!(with(change.clone()).validate_cel_update(&old).is_ok(), "{change} was refused");
     }
 }
 

@@ -62,6 +62,9 @@ impl From<virt::error::Error> for LibvirtError {
     }
 }
 
+/// `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK`: what a domain has when nobody set a bound.
+const AGENT_BLOCKS: i32 = -2;
+
 /// A domain, as libvirt lists it.
 #[derive(Clone, Debug)]
 pub struct Listed {
@@ -148,7 +151,9 @@ impl Libvirt {
     pub fn thaw(&self, uuid: &str, seconds: i32) -> Result<(), LibvirtError> {
         let domain = self.domain(uuid)?;
         ffi::agent_timeout(&domain, seconds)?;
-        ffi::thaw(&domain)
+        ffi::thaw(&domain)?;
+        // the bound was ours; other users of the guest agent get libvirt's own again
+        ffi::agent_timeout(&domain, AGENT_BLOCKS)
     }
 
     /// Begins a backup, with a checkpoint of the same moment when `checkpoint` is given.

@@ -65,10 +65,11 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
             record.life.end(outcome);
         }
         gathered.hold = decide::hold(&backup.spec, &record.life, &facts);
-        if gathered.hold.is_some() {
+        let Some(action) = record.life.next() else { break };
+        // what is held back is the way up; what an earlier process left is still put right
+        if gathered.hold.is_some() && action.is_upward() {
             break;
         }
-        let Some(action) = record.life.next() else { break };
         perform(action, &mut record, &context).await?;
         if matches!(action, Action::Begin | Action::AbortJob) {
             gathered = gather(&backup, &live, &record, &context).await?;

@@ -25,6 +25,9 @@ use crate::reason::{Because, Reason};
 /// How long after a deadline the agent is given to end the backup itself.
 const GRACE: SignedDuration = SignedDuration::from_secs(60);
 
+/// How soon to look again at what is about to go.
+const SOON: Duration = Duration::from_millis(250);
+
 /// How soon to look again although nothing was heard.
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
@@ -80,10 +83,7 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
     let facts = Facts { domain: domain.as_ref(), others: &others, node, now };
     let generation = backup.metadata.generation;
     match resolve(&backup, &facts) {
-        Verdict::Bind(binding) => {
-            bind(&api, &backup, old, &binding, context).await?;
-            Ok(Requeue::requeue(SAFETY_NET))
-        }
+        Verdict::Bind(binding) => Ok(Requeue::requeue(bind(&api, &backup, old, &binding, context).await?)),
         Verdict::Wait(because) => {
             let new = status::waiting(old, &because, generation, now);
             write(&api, &backup, old, new, &because, true, context).await?;
@@ -105,7 +105,7 @@ async fn bind(
     old: &VmBackupStatus,
     binding: &Binding,
     context: &Context,
-) -> Result<(), OperatorError> {
+) -> Result<Duration, OperatorError> {
     let held = cluster::hold(api, backup).await?;
     let now = clock::now();
     let checkpoint = desired::checkpoint(&held, binding, &context.cluster, now);
@@ -124,9 +124,12 @@ async fn bind(
     make_transfers(&bound, context).await
 }
 
-async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<(), OperatorError> {
+/// Makes the transfers that are not there. Answers when to look again: soon, while one of the same name
+/// is on its way out.
+async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<Duration, OperatorError> {
+    let mut again = SAFETY_NET;
     if backup.spec.transfers != TransferPolicy::Auto {
-        return Ok(());
+        return Ok(again);
     }
     let api =
         Api::<ImageTransfer>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
@@ -141,7 +144,12 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<(), Oper
             continue;
         }
         let known = api.get_opt(&name).await?;
-        if known.is_some_and(|known| known.labels().get(api::LABEL_BACKUP) != backup.uid().as_ref()) {
+        let is_ours = known
+            .as_ref()
+            .is_some_and(|known| known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref());
+        if known.as_ref().is_none_or(|known| known.metadata.deletion_timestamp.is_some()) {
+            again = SOON;
+        } else if !is_ours {
             let message = format!("ImageTransfer {name} is there already and is another backup's: delete it");
             tracing::warn!(backup = backup.uid(), "{message}");
             context
@@ -150,7 +158,7 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<(), Oper
                 .await;
         }
     }
-    Ok(())
+    Ok(again)
 }
 
 /// Bound: its agent works. Make what it needs, and step in only when the agent cannot.
@@ -159,10 +167,10 @@ async fn accompany(
     old: &VmBackupStatus,
     context: &Context,
 ) -> Result<Requeue, OperatorError> {
-    make_transfers(backup, context).await?;
+    let again = make_transfers(backup, context).await?;
     let now = clock::now();
     let node = context.node_health(old.node_name.as_deref().unwrap_or_default()).await?;
-    let Some(because) = given_up(backup, old, node, now) else { return Ok(Requeue::requeue(SAFETY_NET)) };
+    let Some(because) = given_up(backup, old, node, now) else { return Ok(Requeue::requeue(again)) };
     let new = status::failed(old, &because, false, backup.metadata.generation, now);
     write(&api(backup, context), backup, old, new, &because, true, context).await?;
     Ok(Requeue::requeue(Duration::ZERO))

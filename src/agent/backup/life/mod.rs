@@ -40,6 +40,13 @@ pub enum Action {
     RemoveFiles,
 }
 
+impl Action {
+    /// Whether it leads to a backup that can be read, and not to its end.
+    pub fn is_upward(self) -> bool {
+        matches!(self, Self::MakeFiles | Self::Freeze | Self::Begin)
+    }
+}
+
 /// How far the way up went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Stage {

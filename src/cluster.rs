@@ -26,6 +26,19 @@ where
     api.replace_status(&object.name_any(), &params, object).await
 }
 
+/// Whether `object` is what the API server has now. A watch is often behind our own last write: asking first
+/// costs a read, where a conflict costs a write.
+///
+/// # Errors
+/// Whatever the API server says.
+pub async fn is_newest<K>(api: &Api<K>, object: &K) -> Result<bool, kube::Error>
+where
+    K: Resource + Clone + Debug + DeserializeOwned,
+{
+    let newest = api.get_metadata_opt(&object.name_any()).await?;
+    Ok(newest.is_some_and(|newest| newest.metadata.resource_version == object.resource_version()))
+}
+
 /// Creates `object`. Answers false when one of this name is there already.
 ///
 /// # Errors

@@ -95,7 +95,12 @@ pub async fn reconcile(
         return watch_node(&transfer, &old, &api, &context).await;
     }
     let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
-    let backup = backups.get_opt(&transfer.spec.backup).await?;
+    let newest = cluster::is_newest(&api, &*transfer);
+    let (backup, newest) = futures::try_join!(backups.get_opt(&transfer.spec.backup), newest)?;
+    if !newest {
+        // the newer one is on its way here
+        return Ok(Requeue::requeue(Duration::from_millis(50)));
+    }
     let (generation, now) = (transfer.metadata.generation, clock::now());
     let new = match resolve(&transfer, backup.as_ref()) {
         Ok((node, uid)) => {

@@ -317,6 +317,10 @@ async fn write(
             context.client.clone(),
             &transfer.namespace().unwrap_or_default(),
         );
+        if !cluster::is_newest(&api, transfer).await? {
+            // the newer one is on its way here
+            return Ok(Requeue::requeue(SOON));
+        }
         let mut object = transfer.clone();
         object.metadata.managed_fields = None;
         object.status = Some(new.clone());

@@ -10,6 +10,7 @@ use std::time::Duration;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::api::ListParams;
 use kube::runtime::controller::Action as Requeue;
+use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _, ResourceExt as _};
 
 use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
@@ -135,21 +136,18 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<Duration
         Api::<ImageTransfer>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
     for transfer in desired::transfers(backup) {
         let name = transfer.name_any();
-        if context
-            .transfers
-            .get(&kube::runtime::reflector::ObjectRef::from_obj(&transfer))
-            .is_some_and(|known| known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref())
-            || cluster::create(&api, &transfer, api::OPERATOR).await?
-        {
+        let is_ours = |known: &ImageTransfer| known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref();
+        if context.transfers.get(&ObjectRef::from_obj(&transfer)).is_some_and(|known| is_ours(&known)) {
             continue;
         }
+        // the store is often behind our own write: asking costs a read, a second create a write
         let known = api.get_opt(&name).await?;
-        let is_ours = known
-            .as_ref()
-            .is_some_and(|known| known.labels().get(api::LABEL_BACKUP) == backup.uid().as_ref());
+        if known.is_none() && cluster::create(&api, &transfer, api::OPERATOR).await? {
+            continue;
+        }
         if known.as_ref().is_none_or(|known| known.metadata.deletion_timestamp.is_some()) {
             again = SOON;
-        } else if !is_ours {
+        } else if !known.as_ref().is_some_and(is_ours) {
             let message = format!("ImageTransfer {name} is there already and is another backup's: delete it");
             tracing::warn!(backup = backup.uid(), "{message}");
             context

@@ -7,7 +7,7 @@ set -euo pipefail
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/virtmark"
 client="ovirt-imageio==2.5.1"
 packages=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients libvirt-dev
-  qemu-system-x86 qemu-utils libnbd-bin pkg-config debootstrap e2fsprogs util-linux python3-venv gcc libc6-dev)
+  qemu-system-x86 qemu-utils libnbd-bin pkg-config debootstrap e2fsprogs util-linux python3-venv gcc libc6-dev curl)
 
 missing=()
 need() { missing+=("$1"); }
@@ -20,7 +20,6 @@ command -v go >/dev/null && [[ "$(go env GOVERSION 2>/dev/null)" =~ ^go1\.(2[6-9
 command -v cargo >/dev/null || need "Rust, with rustup: https://rustup.rs"
 command -v python3 >/dev/null && python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
   need "Python 3.9 or newer, for the stock ovirt-imageio client: apt-get install python3"
-command -v kubectl >/dev/null || need "kubectl 1.24 or newer: https://kubernetes.io/docs/tasks/tools"
 if [ "${#missing[@]}" -gt 0 ]; then
   echo "This machine lacks:" >&2
   printf ' - %s\n' "${missing[@]}" >&2

@@ -21,6 +21,7 @@ const GO_SUM: &str = include_str!("../controlplane/go.sum");
 const VERSION: &str = "v1.37.2";
 const TOOLS: [(&str, &str); 2] =
     [("etcd", "go.etcd.io/etcd/server/v3"), ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver")];
+const KUBECTL: (&str, &str) = ("kubectl", "k8s.io/kubernetes/cmd/kubectl");
 
 /// Writes by every user are logged, so that tests can count them.
 const AUDIT_POLICY: &str = "apiVersion: audit.k8s.io/v1
@@ -36,18 +37,30 @@ rules:
 /// # Errors
 /// When Go is missing, or a build fails.
 pub fn binaries() -> Result<PathBuf> {
-    cache::keyed("controlplane", &[GO_MOD, GO_SUM, VERSION], |dir| {
-        eprintln!("building etcd and kube-apiserver {VERSION}, once on this machine: about five minutes");
+    build("controlplane", &TOOLS, "about five minutes")
+}
+
+/// The folder with a `kubectl` of the control plane's version, for a machine that has none.
+///
+/// # Errors
+/// When Go is missing, or the build fails.
+pub fn kubectl_binary() -> Result<PathBuf> {
+    build("kubectl", &[KUBECTL], "about a minute")
+}
+
+/// Builds tools of `controlplane/go.mod`, once a machine.
+fn build(name: &str, tools: &[(&str, &str)], time: &str) -> Result<PathBuf> {
+    cache::keyed(name, &[GO_MOD, GO_SUM, VERSION], |dir| {
+        eprintln!("building {name} {VERSION}, once on this machine: {time}");
         fs::write(dir.join("go.mod"), GO_MOD)?;
         fs::write(dir.join("go.sum"), GO_SUM)?;
         let base = "k8s.io/component-base/version";
         let flags =
             format!("-s -w -X {base}.gitVersion={VERSION} -X {base}.gitMajor=1 -X {base}.gitMinor=37");
-        for (name, package) in TOOLS {
+        for (name, package) in tools {
             let built = Command::new("go")
                 .args(["build", "-trimpath", "-ldflags", &flags, "-o", name, package])
                 .env("CGO_ENABLED", "0")
-                .env("GOFLAGS", "-mod=mod")
                 .current_dir(dir)
                 .status()
                 .context("go cannot be run: install Go 1.26 from https://go.dev/dl")?;

@@ -1,7 +1,7 @@
 //! The demo: the main job, narrated, with the real output of real commands.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -46,6 +46,7 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
     stage.show(&["apply", "-f", &stage.example("vmbackup.yaml")])?;
     stage.show(&["wait", "--for=condition=Ready", "--timeout=30s", "vmbackup/db01-monday"])?;
     println!("(apply to Ready, as kubectl sees it: {} ms)", applied.elapsed().as_millis());
+    let follower = stage.follow("db01-monday")?;
     stage.show(&["get", "vmbackups,imagetransfers,vmcheckpoints"])?;
     let disks = ["vda", "vdb"];
     let then: Vec<(&str, PathBuf)> =
@@ -83,6 +84,12 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
     })?;
     stage.show(&["get", "vmbackups,imagetransfers,vmcheckpoints,libvirtdomains"])?;
     stage.show(&["describe", "vmbackup", "db01-monday"])?;
+    println!("$ python examples/follow.py --namespace {VM_NAMESPACE} db01-monday   # ran since it was Ready");
+    let followed = follower.wait_with_output()?;
+    print!("{}", String::from_utf8_lossy(&followed.stdout));
+    if !followed.status.success() {
+        bail!("examples/follow.py did not see it succeed");
+    }
 
     stage.title("the whole round as an integrator writes it: examples/backup.py");
     stage.example_backup(&directory.join("py"))?;
@@ -125,6 +132,7 @@ impl Stage<'_> {
             std::env::var_os("VIRTMARK_PYTHON").context("VIRTMARK_PYTHON is not set: run `make demo`")?;
         let mut command = Command::new(python);
         command.env("KUBECONFIG", &self.bed.plane.kubeconfig);
+        command.env("PATH", virtmark_bed::kubectl::search_path()?);
         Ok(command)
     }
 
@@ -153,6 +161,13 @@ with tempfile.NamedTemporaryFile('w') as ca:
             bail!("the stock client failed");
         }
         Ok(())
+    }
+
+    /// Starts examples/follow.py in the background.
+    fn follow(&self, backup: &str) -> Result<Child> {
+        let mut command = self.python()?;
+        command.arg(self.example("follow.py")).args(["--namespace", VM_NAMESPACE, backup]);
+        command.stdout(Stdio::piped()).spawn().context("examples/follow.py cannot be run")
     }
 
     fn example_backup(&self, directory: &Path) -> Result<()> {

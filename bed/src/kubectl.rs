@@ -1,10 +1,27 @@
 //! kubectl, as a person would type it.
 
+use std::env;
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+
+use crate::controlplane;
+
+/// The PATH of this process, and behind it the folder of a kubectl of ours where the machine has none.
+///
+/// # Errors
+/// When one must be built, and cannot be.
+pub fn search_path() -> Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    if env::split_paths(&path).any(|folder| folder.join("kubectl").exists()) {
+        return Ok(path);
+    }
+    let ours = controlplane::kubectl_binary()?;
+    Ok(env::join_paths(env::split_paths(&path).chain([ours]))?)
+}
 
 /// kubectl with one kubeconfig.
 #[derive(Clone, Debug)]
@@ -32,6 +49,7 @@ impl Kubectl {
     /// When it fails: with what it printed to standard error.
     pub fn run_with(&self, arguments: &[&str], input: &str) -> Result<String> {
         let mut child = Command::new("kubectl")
+            .env("PATH", search_path()?)
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
             .args(arguments)

@@ -83,6 +83,7 @@ impl Bed {
         check_machine()?;
         registry::sweep()?;
         controlplane::binaries()?;
+        kubectl::search_path()?;
         let id: u32 = rand::rng().random();
         let dir = PathBuf::from(format!("/tmp/vmbed-{:06x}", id & 0xff_ffff));
         registry::register(&dir, options.keep)?;
@@ -285,7 +286,6 @@ fn check_machine() -> Result<()> {
         ("qemu-img", "qemu-utils"),
         ("virsh", "libvirt-clients"),
         ("unshare", "util-linux"),
-        ("kubectl", "kubernetes-client"),
     ] {
         let found = ["/usr/sbin", "/usr/bin", "/usr/local/bin", "/sbin", "/bin"];
         let on_path =

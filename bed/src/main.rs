@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use virtmark_bed::{Bed, Options, controlplane, down, guest, hypervisor, registry};
+use virtmark_bed::{Bed, Options, controlplane, down, guest, hypervisor, kubectl, registry};
 
 /// A private control plane and private hypervisors for Virtmark's demo and tests.
 #[derive(Parser)]
@@ -69,6 +69,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Verb::HypervisorInit { dir, name } => hypervisor::init(&dir, &name)?,
         Verb::Build { guest: with_guest } => {
             controlplane::binaries()?;
+            kubectl::search_path()?;
             if with_guest {
                 guest::Image::get()?;
             }
@@ -95,6 +96,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
                 .args(rest)
                 .env("VIRTMARK_BED", &bed.dir)
                 .env("KUBECONFIG", &bed.plane.kubeconfig)
+                .env("PATH", kubectl::search_path()?)
                 .status();
             bed.down();
             let code = status.with_context(|| format!("{program} cannot be run"))?.code();

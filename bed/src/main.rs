@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use virtmark_bed::{Bed, Options, controlplane, down, guest, hypervisor, kubectl, registry};
+use virtmark_bed::{Bed, Disk, Options, Plan, controlplane, down, guest, hypervisor, kubectl, registry};
 
 /// A private control plane and private hypervisors for Virtmark's demo and tests.
 #[derive(Parser)]
@@ -76,17 +76,20 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         }
         Verb::Up => {
             let bed = Bed::up(&options(true))?;
+            let node = bed.hypervisors.first().context("no hypervisor")?;
+            // a VM to back up, which outlives this process: the bed's end is its end
+            let disks = [Disk::qcow2("vda", 1 << 30), Disk::raw("vdb", 64 << 20)];
+            let vm = disks.into_iter().fold(Plan::new("db01"), Plan::disk).start(node)?;
+            vm.write("vda", 1 << 20, 1 << 20, 0x5a)?;
+            std::mem::forget(vm);
             println!("export KUBECONFIG={}", bed.plane.kubeconfig.display());
             println!("export VIRTMARK_BED={}", bed.dir.display());
-            for hypervisor in &bed.hypervisors {
-                println!("# {}: virsh -c '{}'", hypervisor.name, hypervisor.uri());
-            }
-            println!(
-                "# next: define a VM there, then: kubectl get lvd -n vms; kubectl explain vmbackup.spec"
-            );
-            println!(
-                "# then: kubectl apply -n vms -f examples/vmbackup.yaml; take it all down with: make down"
-            );
+            println!("# next:  kubectl config set-context --current --namespace=vms");
+            println!("#        kubectl get lvd; kubectl explain vmbackup.spec");
+            println!("#        kubectl apply -f examples/vmbackup.yaml; kubectl get vmbk,imgt");
+            println!("# virsh: virsh -c '{}' list --all", node.uri());
+            println!("# logs:  {}/log", bed.dir.display());
+            println!("# end:   make down");
         }
         Verb::Down => registry::kept()?.iter().for_each(|dir| down(dir)),
         Verb::Run { command } => {

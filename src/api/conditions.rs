@@ -4,6 +4,9 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
+use super::Phase;
+use crate::reason::Because;
+
 /// The disks can be read, or the object ended well.
 pub const READY: &str = "Ready";
 /// The object is on its way; kstatus answers InProgress while it is True.
@@ -83,4 +86,39 @@ pub fn get<'a>(conditions: &'a [Condition], kind: &str) -> Option<&'a Condition>
 /// Kubernetes stores whole seconds: what is finer would differ after a round trip.
 pub fn whole_seconds(at: Timestamp) -> Timestamp {
     Timestamp::from_second(at.as_second()).unwrap_or(at)
+}
+
+/// When and for which generation something was observed.
+#[derive(Clone, Copy, Debug)]
+pub struct Observation {
+    /// The object's generation.
+    pub generation: Option<i64>,
+    /// The time.
+    pub now: Timestamp,
+}
+
+/// The four conditions of a one-shot object, which follow from its phase: Ready while it can be read and
+/// after success, Reconciling until its end, Stalled when it ended otherwise, Succeeded once it did.
+pub fn one_shot(conditions: &mut Vec<Condition>, phase: Phase, because: &Because, seen: Observation) {
+    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
+    let ended_otherwise = matches!(phase, Phase::Failed | Phase::Cancelled);
+    let succeeded = match phase {
+        Phase::Succeeded => Truth::True,
+        _ if ended_otherwise => Truth::False,
+        _ => Truth::Unknown,
+    };
+    let (reason, message) = (because.reason.as_str(), because.shown());
+    for (kind, truth) in [
+        (READY, truth(matches!(phase, Phase::Ready | Phase::Succeeded))),
+        (RECONCILING, truth(!phase.is_terminal())),
+        (STALLED, truth(ended_otherwise)),
+        (SUCCEEDED, succeeded),
+    ] {
+        set(conditions, kind, truth, reason, &message, seen.generation, seen.now);
+    }
+}
+
+/// Says that nothing of the object is left on a host.
+pub fn host_clean(conditions: &mut Vec<Condition>, message: &str, seen: Observation) {
+    set(conditions, HOST_CLEAN, Truth::True, "Cleaned", message, seen.generation, seen.now);
 }

@@ -12,7 +12,7 @@ use kube::{Api, ResourceExt as _};
 use super::backup::resolve::NodeHealth;
 use super::context::{Parting, is_host_clean, parting};
 use super::{Context, OperatorError};
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation};
 use crate::api::{self, DesiredState, ImageTransfer, ImageTransferStatus, Phase, VmBackup};
 use crate::clock;
 use crate::cluster;
@@ -58,19 +58,10 @@ fn describe(
     now: Timestamp,
 ) -> ImageTransferStatus {
     let mut new = ImageTransferStatus { phase, observed_generation: generation, ..old.clone() };
-    let ended = phase.is_terminal();
-    if ended {
+    if phase.is_terminal() {
         new.completion_time.get_or_insert_with(|| Time(conditions::whole_seconds(now)));
     }
-    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
-    let mut set = |kind, truth| {
-        let (reason, message) = (because.reason.as_str(), because.shown());
-        conditions::set(&mut new.conditions, kind, truth, reason, &message, generation, now);
-    };
-    set(conditions::READY, Truth::False);
-    set(conditions::RECONCILING, truth(!ended));
-    set(conditions::STALLED, truth(ended));
-    set(conditions::SUCCEEDED, if ended { Truth::False } else { Truth::Unknown });
+    conditions::one_shot(&mut new.conditions, phase, because, Observation { generation, now });
     new
 }
 

@@ -7,6 +7,7 @@ mod backups;
 mod costs;
 mod crds;
 mod guests;
+mod inventory;
 mod limits;
 mod refusals;
 mod restarts;

@@ -8,7 +8,7 @@ use k8s_openapi::jiff::Timestamp;
 use super::decide::incomplete;
 use super::life::{Action, Life, Outcome, Quiet, Stage};
 use crate::agent::state::Record;
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation, Truth};
 use crate::api::{BackupDisk, DesiredState, DiskMode, NbdExport, Phase, VmBackupStatus};
 use crate::reason::{Because, Reason};
 
@@ -87,64 +87,21 @@ pub fn status(old: &VmBackupStatus, observed: &Observed<'_>) -> VmBackupStatus {
     }
 
     let because = ready_because(observed, phase);
-    let mut set = |kind, truth, because: &Because| {
-        let (reason, message) = (because.reason.as_str(), because.shown());
-        conditions::set(
-            &mut new.conditions,
-            kind,
-            truth,
-            reason,
-            &message,
-            observed.generation,
-            observed.now,
-        );
-    };
-    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
-    let failed = phase == Phase::Failed;
-    set(conditions::READY, truth(matches!(phase, Phase::Ready | Phase::Succeeded)), &because);
-    set(conditions::RECONCILING, truth(!phase.is_terminal()), &because);
-    set(conditions::STALLED, truth(failed), &because);
-    let succeeded = match phase {
-        Phase::Succeeded => Truth::True,
-        Phase::Failed => Truth::False,
-        _ => Truth::Unknown,
-    };
-    set(conditions::SUCCEEDED, succeeded, &because);
-    match &life.quiet {
-        Quiet::Unknown => {}
+    let seen = Observation { generation: observed.generation, now: observed.now };
+    conditions::one_shot(&mut new.conditions, phase, &because, seen);
+    let quiet = match &life.quiet {
+        Quiet::Unknown => None,
         Quiet::Frozen => {
-            let frozen =
-                Because::new(Reason::Finalized, "the guest's file systems were frozen at the point in time");
-            conditions::set(
-                &mut new.conditions,
-                conditions::QUIESCED,
-                Truth::True,
-                "Frozen",
-                &frozen.message,
-                observed.generation,
-                observed.now,
-            );
+            Some((Truth::True, "Frozen", "the guest's file systems were frozen at the point in time"))
         }
-        Quiet::Not(why) => conditions::set(
-            &mut new.conditions,
-            conditions::QUIESCED,
-            Truth::False,
-            "NotFrozen",
-            why,
-            observed.generation,
-            observed.now,
-        ),
+        Quiet::Not(why) => Some((Truth::False, "NotFrozen", why.as_str())),
+    };
+    if let Some((truth, reason, message)) = quiet {
+        let (kind, generation) = (conditions::QUIESCED, observed.generation);
+        conditions::set(&mut new.conditions, kind, truth, reason, message, generation, observed.now);
     }
     if phase.is_terminal() {
-        conditions::set(
-            &mut new.conditions,
-            conditions::HOST_CLEAN,
-            Truth::True,
-            "Cleaned",
-            "nothing of this backup is left on the node",
-            observed.generation,
-            observed.now,
-        );
+        conditions::host_clean(&mut new.conditions, "nothing of this backup is left on the node", seen);
     }
     new
 }

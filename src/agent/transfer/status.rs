@@ -3,7 +3,7 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation};
 use crate::api::{ImageTransferStatus, NbdExport, Phase};
 use crate::reason::{Because, Reason};
 
@@ -77,39 +77,10 @@ pub fn status(old: &ImageTransferStatus, observed: &Observed) -> ImageTransferSt
             because.clone()
         }
     };
-    let phase = new.phase;
-    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
-    let succeeded = match phase {
-        Phase::Succeeded => Truth::True,
-        Phase::Failed | Phase::Cancelled => Truth::False,
-        _ => Truth::Unknown,
-    };
-    let failed = matches!(phase, Phase::Failed | Phase::Cancelled);
-    let mut set = |kind, truth| {
-        conditions::set(
-            &mut new.conditions,
-            kind,
-            truth,
-            because.reason.as_str(),
-            &because.shown(),
-            observed.generation,
-            observed.now,
-        );
-    };
-    set(conditions::READY, truth(matches!(phase, Phase::Ready | Phase::Succeeded)));
-    set(conditions::RECONCILING, truth(!phase.is_terminal()));
-    set(conditions::STALLED, truth(failed));
-    set(conditions::SUCCEEDED, succeeded);
-    if phase.is_terminal() {
-        conditions::set(
-            &mut new.conditions,
-            conditions::HOST_CLEAN,
-            Truth::True,
-            "Cleaned",
-            "the ticket is gone from the node",
-            observed.generation,
-            observed.now,
-        );
+    let seen = Observation { generation: observed.generation, now: observed.now };
+    conditions::one_shot(&mut new.conditions, new.phase, &because, seen);
+    if new.phase.is_terminal() {
+        conditions::host_clean(&mut new.conditions, "the ticket is gone from the node", seen);
     }
     new
 }

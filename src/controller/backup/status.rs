@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
 use super::resolve::Binding;
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation};
 use crate::api::{Phase, VmBackupStatus};
 use crate::reason::{Because, Reason};
 
@@ -56,26 +56,18 @@ pub fn failed(
     new.completion_time.get_or_insert_with(|| Time(conditions::whole_seconds(now)));
     describe(&mut new, because, generation, now);
     if host_clean {
-        let message = "nothing was made on a node";
-        let kind = conditions::HOST_CLEAN;
-        conditions::set(&mut new.conditions, kind, Truth::True, "NeverBound", message, generation, now);
+        conditions::host_clean(
+            &mut new.conditions,
+            "nothing was made on a node",
+            Observation { generation, now },
+        );
     }
     new
 }
 
 fn describe(status: &mut VmBackupStatus, because: &Because, generation: Option<i64>, now: Timestamp) {
     status.observed_generation = generation;
-    let failed = status.phase == Phase::Failed;
-    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
-    let (reason, message) = (because.reason.as_str(), because.shown());
-    for (kind, truth) in [
-        (conditions::READY, Truth::False),
-        (conditions::RECONCILING, truth(!failed)),
-        (conditions::STALLED, truth(failed)),
-        (conditions::SUCCEEDED, if failed { Truth::False } else { Truth::Unknown }),
-    ] {
-        conditions::set(&mut status.conditions, kind, truth, reason, &message, generation, now);
-    }
+    conditions::one_shot(&mut status.conditions, status.phase, because, Observation { generation, now });
 }
 
 #[cfg(test)]

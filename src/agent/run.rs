@@ -158,6 +158,8 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
         let serving = record.life.is_serving();
         let tickets = state.tickets::<StoredTicket>(&uid)?;
         let live = context.registry.insert(&uid, Live::new(record.clone()));
+        // when a client last asked died with the process that knew: its idle time starts anew
+        live.requested(clock::now());
         for (_, stored) in tickets.into_iter().filter(|_| serving) {
             let disk = stored.ticket.disk.clone();
             live.require(&disk, stored.required);

@@ -24,6 +24,9 @@ use crate::reason::{Because, Reason};
 /// How soon a deferred clean-up, or a hold, is looked at again although no event came.
 const AGAIN: Duration = Duration::from_secs(5);
 
+/// How soon to look again when the watch was behind.
+const SOON: Duration = Duration::from_millis(20);
+
 /// How soon unread bytes are counted again after a finalize that came early.
 const RECOUNT: Duration = Duration::from_secs(1);
 
@@ -43,10 +46,18 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
     }
     let live = match context.registry.find(&uid) {
         Some(live) => live,
-        None => match adopt(&backup, &old, &context).await? {
-            Some(live) => live,
-            None => return Ok(Requeue::await_change()),
-        },
+        None => {
+            let api =
+                Api::<VmBackup>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
+            if !cluster::is_newest(&api, &*backup).await? {
+                // a backup that ended meanwhile must not be begun again from an old copy
+                return Ok(Requeue::requeue(SOON));
+            }
+            match adopt(&backup, &old, &context).await? {
+                Some(live) => live,
+                None => return Ok(Requeue::await_change()),
+            }
+        }
     };
     live.confirmed.store(true, Ordering::Relaxed);
     let mut record = live.record.lock().await;

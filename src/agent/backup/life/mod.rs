@@ -309,20 +309,33 @@ impl Life {
             self.held.frozen = false;
             self.held.job = false;
         }
-        if self.outcome.is_some() || !(self.stage == Stage::Begun || self.held.job) {
+        if seen.active && seen.our_job {
+            self.meet_job(now);
+        } else if self.outcome.is_none() && (self.stage == Stage::Begun || self.held.job) {
+            self.end(Outcome::Failed(if seen.active {
+                let message = "libvirt's backup job ended although nobody asked Virtmark to end it";
+                Because::new(Reason::HypervisorError, message)
+            } else {
+                let message = "the VM stopped while its backup ran: what was read is of no use";
+                Because::new(Reason::VmStopped, message)
+            }));
+        }
+    }
+
+    /// A job of ours runs.
+    fn meet_job(&mut self, now: Timestamp) {
+        let known = self.stage > Stage::New;
+        // whoever began it made the files too, and perhaps a checkpoint
+        self.held = Held { files: true, job: true, checkpoint: self.held.checkpoint || !known, ..self.held };
+        if self.outcome.is_some() || self.stage == Stage::Begun {
             return;
         }
-        if seen.active && seen.our_job {
-            if self.stage < Stage::Begun {
-                // begun by a process that did not live to hear the answer
-                self.stage = Stage::Begun;
-                self.ready_at = Some(now);
-            }
-        } else if !seen.active {
-            let message = "the VM stopped while its backup ran: what was read is of no use";
-            self.end(Outcome::Failed(Because::new(Reason::VmStopped, message)));
+        if known {
+            // begun by a process that did not live to hear the answer
+            self.stage = Stage::Begun;
+            self.ready_at = Some(now);
         } else {
-            let message = "libvirt's backup job ended although nobody asked Virtmark to end it";
+            let message = "its job runs, but this agent's record of it is lost: what was served is not known";
             self.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
         }
     }

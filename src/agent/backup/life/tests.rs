@@ -222,3 +222,17 @@ fn thawing_is_given_up_in_the_end() {
     assert_eq!(life.next(), None);
     assert!(life.is_serving(), "an unthawed guest does not end the backup that waits for its reader");
 }
+
+#[test]
+fn a_job_without_a_record_is_ended_and_all_that_belongs_to_it_is_removed() {
+    let (mut life, mut host) =
+        (Life::default(), Host { files: true, job: true, checkpoint: true, ..Host::default() });
+    for now in 0..10 {
+        if !step(&mut life, &mut host, Call::Works, false, at(now)) {
+            break;
+        }
+    }
+    assert!(life.is_ended());
+    assert_eq!(host, Host::default());
+    assert!(matches!(&life.outcome, Some(Outcome::Failed(why)) if why.reason == Reason::HypervisorError));
+}

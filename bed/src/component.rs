@@ -1,17 +1,14 @@
 //! The operator and the agents as ordinary processes, each with a service account's token of its own.
 
 use std::env;
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::controlplane::{ControlPlane, free_ports, spawn, write_kubeconfig};
+use crate::controlplane::{ControlPlane, free_ports, write_kubeconfig};
+use crate::daemon::Daemon;
 use crate::hypervisor::Hypervisor;
-use crate::ledger::{Ledger, Process};
 
 /// The namespace of operator and agents.
 pub const SYSTEM_NAMESPACE: &str = "virtmark-system";
@@ -32,92 +29,51 @@ pub fn binary_dir() -> Result<PathBuf> {
     Ok(if dir.ends_with("deps") { dir.parent().unwrap_or(dir).to_owned() } else { dir.to_owned() })
 }
 
-/// An operator or agent that runs.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Component {
-    /// Its name: `operator`, `agent-node-a`.
-    pub name: String,
-    arguments: Vec<String>,
-    binary: PathBuf,
-    /// Its process.
-    pub process: Process,
+/// Starts an operator. Those beside the first have names of their own.
+///
+/// # Errors
+/// When its token cannot be made, or it does not start.
+pub fn operator(dir: &Path, plane: &ControlPlane, name: &str) -> Result<Daemon> {
+    let kubeconfig = account(dir, plane, "virtmark-operator", name, None)?;
+    let arguments = [
+        "--kubeconfig",
+        &kubeconfig.to_string_lossy(),
+        "--system-namespace",
+        SYSTEM_NAMESPACE,
+        "--domains-namespace",
+        VM_NAMESPACE,
+        "--identity",
+        name,
+        "--lease-seconds",
+        "5",
+    ];
+    Daemon::start(name, &binary_dir()?.join("operator"), arguments.map(str::to_owned).to_vec(), dir)
 }
 
-impl Component {
-    /// Starts the operator.
-    ///
-    /// # Errors
-    /// When its token cannot be made, or it does not start.
-    pub fn operator(dir: &Path, plane: &ControlPlane, ledger: &Ledger) -> Result<Self> {
-        let kubeconfig = account(dir, plane, "virtmark-operator", "operator", None)?;
-        let arguments = [
-            "--kubeconfig",
-            &kubeconfig.to_string_lossy(),
-            "--system-namespace",
-            SYSTEM_NAMESPACE,
-            "--domains-namespace",
-            VM_NAMESPACE,
-        ];
-        Self::start("operator", "operator", arguments.map(str::to_owned).to_vec(), dir, ledger)
-    }
-
-    /// Starts the agent of a hypervisor. Its token is bound to the Node object. It listens on 127.0.0.1 and
-    /// 127.0.0.2, and tells clients the latter: the stock client then takes HTTPS and not the unix socket.
-    ///
-    /// # Errors
-    /// When its token cannot be made, or it does not start.
-    pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor, ledger: &Ledger) -> Result<Self> {
-        let node = hypervisor.name.as_str();
-        let name = format!("agent-{node}");
-        let kubeconfig = account(dir, plane, "virtmark-agent", &name, Some(node))?;
-        let [port] = free_ports()?;
-        let path = |sub: &str| hypervisor.dir.join("agent").join(sub).to_string_lossy().into_owned();
-        let arguments = [
-            ("--kubeconfig", kubeconfig.to_string_lossy().into_owned()),
-            ("--node-name", node.to_owned()),
-            ("--libvirt-uri", hypervisor.uri()),
-            ("--state-dir", path("state")),
-            ("--run-dir", path("run")),
-            ("--system-namespace", SYSTEM_NAMESPACE.to_owned()),
-            ("--listen", format!("127.0.0.1:{port}")),
-            ("--listen", format!("127.0.0.2:{port}")),
-            ("--advertise", format!("127.0.0.2:{port}")),
-        ];
-        let arguments = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
-        Self::start(&name, "agent", arguments, dir, ledger)
-    }
-
-    fn start(name: &str, binary: &str, arguments: Vec<String>, dir: &Path, ledger: &Ledger) -> Result<Self> {
-        let binary = binary_dir()?.join(binary);
-        let process = spawn(Command::new(&binary).args(&arguments), name, dir, ledger)?;
-        Ok(Self { name: name.to_owned(), arguments, binary, process })
-    }
-
-    /// Kills it, with SIGKILL, and waits until it is gone.
-    pub fn kill(&self) {
-        self.process.signal(rustix::process::Signal::KILL);
-        self.process.end();
-    }
-
-    /// Starts it again, as it was started.
-    ///
-    /// # Errors
-    /// When it does not start.
-    pub fn restart(&mut self, dir: &Path, ledger: &Ledger) -> Result<()> {
-        self.kill();
-        self.process = spawn(Command::new(&self.binary).args(&self.arguments), &self.name, dir, ledger)?;
-        Ok(())
-    }
-
-    /// Its resident memory, in KiB.
-    ///
-    /// # Errors
-    /// When it does not run.
-    pub fn rss_kib(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.pid))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
-    }
+/// Starts the agent of a hypervisor. Its token is bound to the Node object. It listens on 127.0.0.1 and
+/// 127.0.0.2, and tells clients the latter: the stock client then takes HTTPS and not the unix socket.
+///
+/// # Errors
+/// When its token cannot be made, or it does not start.
+pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor) -> Result<Daemon> {
+    let node = hypervisor.name.as_str();
+    let name = format!("agent-{node}");
+    let kubeconfig = account(dir, plane, "virtmark-agent", &name, Some(node))?;
+    let [port] = free_ports()?;
+    let path = |sub: &str| hypervisor.dir.join("agent").join(sub).to_string_lossy().into_owned();
+    let arguments = [
+        ("--kubeconfig", kubeconfig.to_string_lossy().into_owned()),
+        ("--node-name", node.to_owned()),
+        ("--libvirt-uri", hypervisor.uri()),
+        ("--state-dir", path("state")),
+        ("--run-dir", path("run")),
+        ("--system-namespace", SYSTEM_NAMESPACE.to_owned()),
+        ("--listen", format!("127.0.0.1:{port}")),
+        ("--listen", format!("127.0.0.2:{port}")),
+        ("--advertise", format!("127.0.0.2:{port}")),
+    ];
+    let arguments = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
+    Daemon::start(&name, &binary_dir()?.join("agent"), arguments, dir)
 }
 
 /// A kubeconfig with a token of `account`; bound to the Node `node` if one is given.

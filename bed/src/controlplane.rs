@@ -1,18 +1,18 @@
 //! A real etcd and kube-apiserver on free loopback ports. Nodes are objects only, until kubelets are added.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::TcpListener;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cache;
+use crate::daemon::Daemon;
 use crate::kubectl::Kubectl;
-use crate::ledger::{Ledger, Process};
 use crate::pki::Pki;
 use crate::wait::wait_until;
 
@@ -73,7 +73,7 @@ fn build(name: &str, tools: &[(&str, &str)], time: &str) -> Result<PathBuf> {
 }
 
 /// A control plane that runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ControlPlane {
     /// The administrator's kubeconfig.
     pub kubeconfig: PathBuf,
@@ -83,6 +83,10 @@ pub struct ControlPlane {
     pub audit_log: PathBuf,
     /// The CA's certificate.
     pub ca: PathBuf,
+    /// etcd.
+    pub etcd: Daemon,
+    /// The API server.
+    pub apiserver: Daemon,
 }
 
 impl ControlPlane {
@@ -90,63 +94,75 @@ impl ControlPlane {
     ///
     /// # Errors
     /// When one of them does not come up; their logs are in `dir`/log.
-    pub fn start(dir: &Path, ledger: &Ledger) -> Result<Self> {
+    pub fn start(dir: &Path) -> Result<Self> {
         let binaries = binaries()?;
         let pki = Pki::make(&dir.join("pki"))?;
         let [etcd_port, peer_port, api_port] = free_ports()?;
-        let etcd = format!("http://127.0.0.1:{etcd_port}");
+        let etcd_url = format!("http://127.0.0.1:{etcd_port}");
         let peer = format!("http://127.0.0.1:{peer_port}");
-        let data = dir.join("etcd");
-        let mut command = Command::new(binaries.join("etcd"));
-        command
-            .arg("--data-dir")
-            .arg(&data)
-            .args(["--listen-client-urls", &etcd, "--advertise-client-urls", &etcd])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}"), "--unsafe-no-fsync", "--log-level=warn"]);
-        spawn(&mut command, "etcd", dir, ledger)?;
-
         let policy = dir.join("audit-policy.yaml");
         fs::write(&policy, AUDIT_POLICY)?;
+        let audit_log = dir.join("log/audit.log");
+        let flag = |name: &str, path: &Path| format!("--{name}={}", path.display());
+        let arguments = vec![
+            flag("data-dir", &dir.join("etcd")),
+            format!("--listen-client-urls={etcd_url}"),
+            format!("--advertise-client-urls={etcd_url}"),
+            format!("--listen-peer-urls={peer}"),
+            format!("--initial-advertise-peer-urls={peer}"),
+            format!("--initial-cluster=default={peer}"),
+            "--unsafe-no-fsync".to_owned(),
+            "--log-level=warn".to_owned(),
+        ];
+        let etcd = Daemon::start("etcd", &binaries.join("etcd"), arguments, dir)?;
+        let arguments = vec![
+            format!("--etcd-servers={etcd_url}"),
+            format!("--secure-port={api_port}"),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            flag("cert-dir", &dir.join("pki")),
+            flag("tls-cert-file", &pki.path("apiserver.crt")),
+            flag("tls-private-key-file", &pki.path("apiserver.key")),
+            flag("client-ca-file", &pki.path("ca.crt")),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            flag("service-account-key-file", &pki.path("accounts.pub")),
+            flag("service-account-signing-key-file", &pki.path("accounts.key")),
+            "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+            "--authorization-mode=Node,RBAC".to_owned(),
+            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement".to_owned(),
+            "--allow-privileged=true".to_owned(),
+            flag("audit-policy-file", &policy),
+            flag("audit-log-path", &audit_log),
+        ];
+        let apiserver = Daemon::start("kube-apiserver", &binaries.join("kube-apiserver"), arguments, dir)?;
         let plane = Self {
             kubeconfig: dir.join("admin.kubeconfig"),
             url: format!("https://127.0.0.1:{api_port}"),
-            audit_log: dir.join("log/audit.log"),
+            audit_log,
             ca: pki.path("ca.crt"),
+            etcd,
+            apiserver,
         };
-        let flag = |name: &str, path: &Path| format!("--{name}={}", path.display());
-        let mut command = Command::new(binaries.join("kube-apiserver"));
-        command
-            .args([format!("--etcd-servers={etcd}"), format!("--secure-port={api_port}")])
-            .args([
-                "--bind-address=127.0.0.1",
-                "--advertise-address=127.0.0.1",
-                "--endpoint-reconciler-type=none",
-            ])
-            .arg(flag("cert-dir", &dir.join("pki")))
-            .arg(flag("tls-cert-file", &pki.path("apiserver.crt")))
-            .arg(flag("tls-private-key-file", &pki.path("apiserver.key")))
-            .arg(flag("client-ca-file", &plane.ca))
-            .arg("--service-account-issuer=https://kubernetes.default.svc")
-            .arg(flag("service-account-key-file", &pki.path("accounts.pub")))
-            .arg(flag("service-account-signing-key-file", &pki.path("accounts.key")))
-            .args(["--service-cluster-ip-range=10.96.0.0/16", "--authorization-mode=Node,RBAC"])
-            .args(["--enable-admission-plugins=NodeRestriction", "--allow-privileged=true"])
-            .arg(flag("audit-policy-file", &policy))
-            .arg(flag("audit-log-path", &plane.audit_log));
-        let apiserver = spawn(&mut command, "kube-apiserver", dir, ledger)?;
-
         let file = |name: &str| pki.path(name).to_string_lossy().into_owned();
         let user = json!({"client-certificate": file("admin.crt"), "client-key": file("admin.key")});
         write_kubeconfig(&plane.kubeconfig, &plane, &user)?;
-        let kubectl = plane.kubectl();
-        wait_until(Duration::from_secs(60), "kube-apiserver to be ready", || {
-            if !apiserver.is_alive() {
-                bail!("kube-apiserver ended; see {}", dir.join("log/kube-apiserver.log").display());
-            }
-            Ok(kubectl.run(&["get", "--raw", "/readyz"]).ok().filter(|answer| answer == "ok"))
-        })?;
+        plane.ready()?;
         Ok(plane)
+    }
+
+    /// Waits until the API server is ready.
+    ///
+    /// # Errors
+    /// When it ends, or is not ready within a minute.
+    pub fn ready(&self) -> Result<()> {
+        let kubectl = self.kubectl();
+        wait_until(Duration::from_secs(60), "kube-apiserver to be ready", || {
+            if !self.apiserver.process.is_alive() {
+                bail!("kube-apiserver ended: {}", self.apiserver.log().lines().last().unwrap_or_default());
+            }
+            Ok(kubectl.run(&["get", "--raw", "/readyz"]).ok().filter(|answer| answer == "ok").map(drop))
+        })
     }
 
     /// kubectl as the administrator.
@@ -173,30 +189,6 @@ pub fn write_kubeconfig(path: &Path, plane: &ControlPlane, user: &serde_json::Va
     fs::write(path, serde_json::to_string_pretty(&config)?)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     Ok(())
-}
-
-/// Starts a daemon in a process group of its own, with its log in `dir`/log, and records it.
-///
-/// # Errors
-/// When it cannot be started.
-pub fn spawn(command: &mut Command, what: &str, dir: &Path, ledger: &Ledger) -> Result<Process> {
-    let log = File::options().create(true).append(true).open(dir.join("log").join(format!("{what}.log")))?;
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        // Ctrl-C in the terminal is for the bed, which takes its daemons down in order
-        .process_group(0)
-        .spawn()
-        .with_context(|| format!("cannot start {what}"))?;
-    let process = Process::find(child.id(), what, false).with_context(|| format!("{what} ended at once"))?;
-    ledger.add(&process)?;
-    // its parent may be gone before it is: zombies are reaped here as long as this process lives
-    std::thread::spawn(move || {
-        let mut child = child;
-        child.wait()
-    });
-    Ok(process)
 }
 
 /// Three loopback ports that nobody used a moment ago.

@@ -214,7 +214,7 @@ with tempfile.NamedTemporaryFile('w') as ca:
             let all = self.bed.writes_by(account)?;
             println!("# API writes by the {name}, both backups and the inventory: {}", all.len());
         }
-        for component in self.bed.operator.iter().chain(&self.bed.agents) {
+        for component in std::iter::once(&self.bed.operator).chain(&self.bed.agents) {
             println!("# {} is resident with {} MiB", component.name, component.rss_kib()? >> 10);
         }
         Ok(())

@@ -49,11 +49,17 @@ impl Image {
         Ok(Self { dir })
     }
 
-    /// Boots a VM with a qcow2 overlay of it as vda, and waits until its guest agent answers.
+    /// Boots a VM with a qcow2 overlay of it as vda, and `more` disks that the guest does not touch, and waits
+    /// until its guest agent answers.
     ///
     /// # Errors
     /// When it does not come up within three minutes.
-    pub fn boot(&self, name: &str, hypervisor: &Hypervisor) -> Result<Vm> {
+    pub fn boot(
+        &self,
+        name: &str,
+        hypervisor: &Hypervisor,
+        more: impl IntoIterator<Item = Disk>,
+    ) -> Result<Vm> {
         // QEMU's user must reach them; the cache may be private to root
         let shared = hypervisor.dir.join("guest");
         fs::create_dir_all(&shared)?;
@@ -73,7 +79,8 @@ impl Image {
         let devices = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
             <serial type='null'/><rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>";
         let disk = Disk::qcow2("vda", SIZE).over(&file("disk.raw"));
-        let vm = Plan::new(name).disk(disk).booting(&os, devices, 384).start(hypervisor)?;
+        let plan = Plan::new(name).disk(disk).booting(&os, devices, 384);
+        let vm = more.into_iter().fold(plan, Plan::disk).start(hypervisor)?;
         wait_until(Duration::from_secs(180), "the guest agent to answer", || {
             Ok(agent(&vm, &json!({"execute": "guest-ping"})).ok().map(drop))
         })?;

@@ -12,6 +12,7 @@
 pub mod cache;
 pub mod component;
 pub mod controlplane;
+pub mod daemon;
 pub mod guest;
 pub mod hypervisor;
 pub mod kubectl;
@@ -30,8 +31,9 @@ use anyhow::{Context as _, Result, bail};
 use rand::Rng as _;
 use serde::{Deserialize, Serialize};
 
-use component::{Component, SYSTEM_NAMESPACE, VM_NAMESPACE};
+use component::{SYSTEM_NAMESPACE, VM_NAMESPACE};
 use controlplane::ControlPlane;
+use daemon::Daemon;
 use hypervisor::Hypervisor;
 use kubectl::Kubectl;
 use ledger::Ledger;
@@ -50,8 +52,8 @@ pub struct Options {
     pub keep: bool,
 }
 
-/// A bed that is up.
-#[derive(Clone, Debug)]
+/// A bed that is up. It is stored in its folder, for other processes to use.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Bed {
     /// Its folder.
     pub dir: PathBuf,
@@ -60,18 +62,9 @@ pub struct Bed {
     /// Its hypervisors.
     pub hypervisors: Vec<Hypervisor>,
     /// The operator.
-    pub operator: Option<Component>,
+    pub operator: Daemon,
     /// The agents, in the hypervisors' order.
-    pub agents: Vec<Component>,
-}
-
-/// What another process needs to use the bed.
-#[derive(Serialize, Deserialize)]
-struct Stored {
-    url: String,
-    hypervisors: Vec<Hypervisor>,
-    operator: Option<Component>,
-    agents: Vec<Component>,
+    pub agents: Vec<Daemon>,
 }
 
 impl Bed {
@@ -104,59 +97,29 @@ impl Bed {
         let (plane, hypervisors) = std::thread::scope(|scope| {
             let started: Vec<_> =
                 names.iter().map(|name| scope.spawn(|| Hypervisor::start_new(dir, name, &ledger))).collect();
-            let plane = ControlPlane::start(dir, &ledger);
+            let plane = ControlPlane::start(dir);
             let hypervisors = started.into_iter().map(|handle| match handle.join() {
                 Ok(result) => result,
                 Err(_) => bail!("a thread that starts a hypervisor died"),
             });
             (plane, hypervisors.collect::<Result<Vec<_>>>())
         });
-        let mut bed = Self {
-            dir: dir.to_owned(),
-            plane: plane?,
-            hypervisors: hypervisors?,
-            operator: None,
-            agents: Vec::new(),
-        };
-        bed.install(&options.repository)?;
-        bed.operator = Some(Component::operator(dir, &bed.plane, &ledger)?);
-        for hypervisor in &bed.hypervisors {
-            bed.agents.push(Component::agent(dir, &bed.plane, hypervisor, &ledger)?);
-        }
+        let (plane, hypervisors) = (plane?, hypervisors?);
+        install(&plane, &hypervisors, &options.repository)?;
+        let operator = component::operator(dir, &plane, "operator")?;
+        let agents = hypervisors.iter().map(|hypervisor| component::agent(dir, &plane, hypervisor));
+        let agents = agents.collect::<Result<_>>()?;
+        let bed = Self { dir: dir.to_owned(), plane, hypervisors, operator, agents };
         bed.store()?;
         Ok(bed)
     }
 
-    /// Nodes, namespaces, CRDs and RBAC.
-    fn install(&self, repository: &Path) -> Result<()> {
-        let kubectl = self.kubectl();
-        let mut objects = String::new();
-        for namespace in [SYSTEM_NAMESPACE, VM_NAMESPACE] {
-            objects +=
-                &format!("---\n{{apiVersion: v1, kind: Namespace, metadata: {{name: {namespace}}}}}\n");
-        }
-        for hypervisor in &self.hypervisors {
-            objects +=
-                &format!("---\n{{apiVersion: v1, kind: Node, metadata: {{name: {}}}}}\n", hypervisor.name);
-        }
-        kubectl.apply(&objects)?;
-        let folder = |name: &str| repository.join(name).to_string_lossy().into_owned();
-        kubectl.run(&["apply", "--server-side", "-f", &folder("crds")])?;
-        let established = ["wait", "--for=condition=Established", "--timeout=30s", "-f", &folder("crds")];
-        kubectl.run(&established)?;
-        kubectl.run(&["apply", "-f", &folder("deploy")])?;
-        Ok(())
-    }
-
-    fn store(&self) -> Result<()> {
-        let stored = Stored {
-            url: self.plane.url.clone(),
-            hypervisors: self.hypervisors.clone(),
-            operator: self.operator.clone(),
-            agents: self.agents.clone(),
-        };
-        fs::write(self.dir.join("bed.json"), serde_json::to_string_pretty(&stored)?)?;
-        Ok(())
+    /// Stores it in its folder; to be called after a daemon was started again.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn store(&self) -> Result<()> {
+        Ok(fs::write(self.dir.join("bed.json"), serde_json::to_string_pretty(self)?)?)
     }
 
     /// The bed in `dir`, made by another process.
@@ -166,20 +129,7 @@ impl Bed {
     pub fn attach(dir: &Path) -> Result<Self> {
         let stored =
             fs::read(dir.join("bed.json")).with_context(|| format!("no bed in {}", dir.display()))?;
-        let stored: Stored = serde_json::from_slice(&stored)?;
-        let plane = ControlPlane {
-            kubeconfig: dir.join("admin.kubeconfig"),
-            url: stored.url,
-            audit_log: dir.join("log/audit.log"),
-            ca: dir.join("pki/ca.crt"),
-        };
-        Ok(Self {
-            dir: dir.to_owned(),
-            plane,
-            hypervisors: stored.hypervisors,
-            operator: stored.operator,
-            agents: stored.agents,
-        })
+        Ok(serde_json::from_slice(&stored)?)
     }
 
     /// The bed that `VIRTMARK_BED` names.
@@ -197,35 +147,9 @@ impl Bed {
         self.plane.kubectl()
     }
 
-    /// Kills the operator and starts it again.
-    ///
-    /// # Errors
-    /// When it does not start.
-    pub fn restart_operator(&mut self) -> Result<()> {
-        let ledger = Ledger::of(&self.dir);
-        if let Some(operator) = &mut self.operator {
-            operator.restart(&self.dir, &ledger)?;
-        }
-        self.store()
-    }
-
-    /// Kills the agent of a node and starts it again.
-    ///
-    /// # Errors
-    /// When it does not start.
-    pub fn restart_agent(&mut self, index: usize) -> Result<()> {
-        let ledger = Ledger::of(&self.dir);
-        if let Some(agent) = self.agents.get_mut(index) {
-            agent.restart(&self.dir, &ledger)?;
-        }
-        self.store()
-    }
-
     /// Everything that operator, agents and image servers logged so far.
     pub fn logs(&self) -> String {
-        let names = self.operator.iter().chain(&self.agents).map(|component| component.name.as_str());
-        let texts = names.map(|name| fs::read_to_string(self.dir.join(format!("log/{name}.log"))));
-        texts.map(Result::unwrap_or_default).collect()
+        std::iter::once(&self.operator).chain(&self.agents).map(Daemon::log).collect()
     }
 
     /// Writes to the API by one user, from the audit log: `(verb, resource/subresource, name)`.
@@ -272,6 +196,25 @@ pub fn down(dir: &Path) {
     if let Err(error) = registry::unregister(dir) {
         eprintln!("the bed is down, and still registered: {error}");
     }
+}
+
+/// Nodes, namespaces, CRDs and RBAC.
+fn install(plane: &ControlPlane, hypervisors: &[Hypervisor], repository: &Path) -> Result<()> {
+    let kubectl = plane.kubectl();
+    let mut objects = String::new();
+    for namespace in [SYSTEM_NAMESPACE, VM_NAMESPACE] {
+        objects += &format!("---\n{{apiVersion: v1, kind: Namespace, metadata: {{name: {namespace}}}}}\n");
+    }
+    for hypervisor in hypervisors {
+        objects += &format!("---\n{{apiVersion: v1, kind: Node, metadata: {{name: {}}}}}\n", hypervisor.name);
+    }
+    kubectl.apply(&objects)?;
+    let folder = |name: &str| repository.join(name).to_string_lossy().into_owned();
+    kubectl.run(&["apply", "--server-side", "-f", &folder("crds")])?;
+    let established = ["wait", "--for=condition=Established", "--timeout=30s", "-f", &folder("crds")];
+    kubectl.run(&established)?;
+    kubectl.run(&["apply", "-f", &folder("deploy")])?;
+    Ok(())
 }
 
 /// What this machine lacks, before anything is changed.

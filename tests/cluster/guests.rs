@@ -10,7 +10,7 @@ use super::rig::{Rig, Ticket};
 #[test]
 fn a_guest_is_frozen_for_the_point_in_time_and_thawed() -> Result<()> {
     let bed = Bed::from_env()?;
-    let vm = Image::get()?.boot("debian", &bed.hypervisors[0])?;
+    let vm = Image::get()?.boot("debian", &bed.hypervisors[0], [])?;
     guest::sh(&vm, "dd if=/dev/urandom of=/root/data bs=1M count=8 && sync")?;
     let rig = Rig::of(bed, vm)?;
     rig.backup("debian-1", json!({"quiesce": {"mode": "Required"}}))?;

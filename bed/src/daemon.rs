@@ -1,0 +1,104 @@
+//! A long-lived process of the bed, which can be killed, paused and started again as it was.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+
+use crate::ledger::{Ledger, Process};
+
+/// A daemon.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Daemon {
+    /// Its name, and its log's: `etcd`, `operator`, `agent-node-a`.
+    pub name: String,
+    binary: PathBuf,
+    arguments: Vec<String>,
+    dir: PathBuf,
+    /// Its process.
+    pub process: Process,
+}
+
+impl Daemon {
+    /// Starts `binary` in a process group of its own, with its log in `dir`/log, and records it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(name: &str, binary: &Path, arguments: Vec<String>, dir: &Path) -> Result<Self> {
+        let process = spawn(name, binary, &arguments, dir, &[])?;
+        Ok(Self { name: name.to_owned(), binary: binary.to_owned(), arguments, dir: dir.to_owned(), process })
+    }
+
+    /// Kills it, with SIGKILL, and waits until it is gone.
+    pub fn kill(&self) {
+        self.process.signal(Signal::KILL);
+        self.process.end();
+    }
+
+    /// Stops it where it stands, until `resume`.
+    pub fn pause(&self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.process.signal(Signal::CONT);
+    }
+
+    /// Kills it if it lives, and starts it again as it was started, with `environment` besides.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn restart(&mut self, environment: &[(&str, &str)]) -> Result<()> {
+        self.kill();
+        self.process = spawn(&self.name, &self.binary, &self.arguments, &self.dir, environment)?;
+        Ok(())
+    }
+
+    /// Its resident memory, in KiB.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn rss_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.pid))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    }
+
+    /// What it logged so far, in all its lives.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log").join(format!("{}.log", self.name))).unwrap_or_default()
+    }
+}
+
+fn spawn(
+    name: &str,
+    binary: &Path,
+    arguments: &[String],
+    dir: &Path,
+    environment: &[(&str, &str)],
+) -> Result<Process> {
+    let log = File::options().create(true).append(true).open(dir.join("log").join(format!("{name}.log")))?;
+    let child = Command::new(binary)
+        .args(arguments)
+        .envs(environment.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        // Ctrl-C in the terminal is for the bed, which takes its daemons down in order
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("cannot start {name}"))?;
+    let process = Process::find(child.id(), name, false).with_context(|| format!("{name} ended at once"))?;
+    Ledger::of(dir).add(&process)?;
+    // its parent may be gone before it is: zombies are reaped here as long as this process lives
+    std::thread::spawn(move || {
+        let mut child = child;
+        child.wait()
+    });
+    Ok(process)
+}

@@ -19,16 +19,17 @@ down:
 	[ ! -x $(bed) ] || $(bed) down
 
 # lint first: it is fast, and what it says is cheap to mend
-test: build lint
+test: lint
+	cargo build --locked --workspace --features virtmark/killpoints
 	$(bed) build --guest
-	$(bed) --hypervisors 2 run -- cargo test --locked --workspace
+	$(bed) --hypervisors 2 run -- cargo test --locked --workspace --features virtmark/killpoints
 
 lint: prerequisites
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
-	cargo clippy --locked --no-default-features --bin operator --bin crdgen -- -D warnings
+	cargo clippy --locked --workspace --all-targets --features virtmark/killpoints -- -D warnings
+	cargo clippy --locked --no-default-features --bin operator --bin generate -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
-	cargo run --locked --quiet --bin crdgen -- --check
+	cargo run --locked --quiet --bin generate -- --check
 
 build: prerequisites
 	cargo build --locked --workspace

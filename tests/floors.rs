@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 const NEVER: &[(&str, &[&str])] = &[
     ("extent.rs", &["crate::", "tokio", "kube", "serde_json", "std::fs", "std::net"]),
     ("reason.rs", &["crate::", "tokio", "kube", "std::fs", "std::net"]),
+    ("step.rs", &["crate::", "tokio", "kube", "std::fs", "std::net"]),
+    ("killpoint.rs", &["crate::agent", "crate::controller", "tokio", "kube"]),
     (
         "api",
         &[

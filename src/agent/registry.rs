@@ -40,6 +40,8 @@ struct Served {
     last_request: Option<Timestamp>,
     /// Transfers with a ticket.
     tickets: HashSet<String>,
+    /// Transfers whose Secret is made, as far as this process knows.
+    announced: HashSet<String>,
     /// Transfers whose reading this agent cannot see.
     unseen: HashSet<String>,
     /// When its end was seen first.
@@ -118,6 +120,16 @@ impl Live {
     /// The transfers that have, or had, a ticket.
     pub fn tickets(&self) -> Vec<String> {
         self.served().tickets.iter().cloned().collect()
+    }
+
+    /// Notes that a transfer's Secret is made.
+    pub fn announce(&self, transfer: &str) {
+        self.served().announced.insert(transfer.to_owned());
+    }
+
+    /// Whether this process knows that a transfer's Secret is made.
+    pub fn is_announced(&self, transfer: &str) -> bool {
+        self.served().announced.contains(transfer)
     }
 
     /// Notes that a client asked for something at `when`.

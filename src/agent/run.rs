@@ -152,7 +152,7 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
         tracing::warn!(%error, "a record cannot be read: look at the state directory");
     }
     for mut record in records {
-        record.life.adopted = true;
+        record.life.interrupt();
         let uid = record.uid.clone();
         tracing::info!(backup = uid, vm = record.vm, stage = ?record.life.stage, "backup adopted");
         let serving = record.life.is_serving();

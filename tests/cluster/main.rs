@@ -3,6 +3,7 @@
 //! Each test has VMs and objects of its own, by names of its own, so that all run at once on one bed
 //! (`make test`, or `make up` and what it prints).
 
+mod access;
 mod backups;
 mod costs;
 mod crds;
@@ -10,6 +11,5 @@ mod guests;
 mod inventory;
 mod limits;
 mod refusals;
-mod restarts;
 mod rig;
 mod transfers;

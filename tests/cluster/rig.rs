@@ -141,7 +141,7 @@ impl Rig {
         let status = self.phase("imagetransfer", transfer, "Ready")?;
         let name = status["ticketSecret"].as_str().context("no ticketSecret")?.to_owned();
         let secret = self.get("secret", &name)?;
-        assert_eq!(secret["type"], "virtmark.dev/ticket");
+        anyhow::ensure!(secret["type"] == "virtmark.dev/ticket", "Secret {name}: {secret}");
         let text = |key: &str| -> Result<String> {
             let encoded = secret["data"][key].as_str().with_context(|| format!("the Secret has no {key}"))?;
             let bytes = Base64::decode_vec(encoded).map_err(|error| anyhow::anyhow!("{key}: {error}"))?;
@@ -207,14 +207,20 @@ impl Rig {
         let items = found["items"].as_array().cloned().unwrap_or_default();
         Ok(items.iter().filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect())
     }
+
+    /// Deletes the objects that the test made so far; what it deleted itself is gone already.
+    pub fn delete_made(&self) -> Result<()> {
+        for (kind, name) in self.made.take().iter().rev() {
+            self.kubectl(&["delete", kind, name, "--ignore-not-found", "--timeout=60s"])?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        for (kind, name) in self.made.borrow().iter().rev() {
-            // what the test deleted itself is gone already
-            let _ = self.kubectl(&["delete", kind, name, "--ignore-not-found", "--timeout=60s"]);
-        }
+        // a test that failed says why already
+        let _ = self.delete_made();
     }
 }
 

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 use super::life::{Action, Freeze, Report};
 use crate::agent::state::{Record, StateDir, StateError};
 use crate::api::QuiesceMode;
+use crate::killpoint;
 use crate::libvirt::xml::{self, Domain};
 use crate::libvirt::{Libvirt, LibvirtError};
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 /// How long libvirt is given to let go of an aborted job.
 const ABORT_BOUND: Duration = Duration::from_secs(20);
@@ -158,7 +160,9 @@ impl Host {
         let targets: Vec<_> =
             record.disks.iter().filter(|disk| disk.in_checkpoint).map(|disk| disk.target.as_str()).collect();
         let checkpoint = record.bitmap.as_ref().map(|bitmap| xml::checkpoint_xml(bitmap, &targets, None));
-        Ok(self.libvirt.backup_begin(&record.vm_uuid, &backup, checkpoint.as_deref())?)
+        Ok(killpoint::during(Step::BeginCalled, || {
+            self.libvirt.backup_begin(&record.vm_uuid, &backup, checkpoint.as_deref())
+        })?)
     }
 
     /// Whether the job that runs on the record's domain is the record's.
@@ -219,6 +223,7 @@ impl Host {
         for image in disks.iter().filter_map(|(_, image)| image.as_ref()).filter(|image| image.exists()) {
             if bitmaps_of(image)?.iter().any(|name| name == bitmap) {
                 qemu_img("bitmap", &["--remove".as_ref(), image.as_ref(), bitmap.as_ref()])?;
+                killpoint::reached(Step::BitmapRemoved);
             }
         }
         Ok(())

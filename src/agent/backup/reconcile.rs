@@ -18,8 +18,10 @@ use crate::agent::{AgentError, Context};
 use crate::api::{self, DesiredState, Phase, VmBackup, VmBackupStatus, VmCheckpoint, conditions};
 use crate::clock;
 use crate::cluster;
+use crate::killpoint;
 use crate::libvirt::xml::Domain;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 /// How soon a deferred clean-up, or a hold, is looked at again although no event came.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -73,6 +75,9 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
         let facts = gathered.facts(&backup, &live, &record.life);
         record.life.observe(gathered.seen, facts.now);
         if let Some(outcome) = decide::ending(&backup.spec, &record.life, &facts) {
+            if outcome == Outcome::Succeeded {
+                killpoint::reached(Step::FinalizeSeen);
+            }
             record.life.end(outcome);
         }
         gathered.hold = decide::hold(&backup.spec, &record.life, &facts);
@@ -81,7 +86,14 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
         if gathered.hold.is_some() && action.is_upward() {
             break;
         }
-        perform(action, &mut record, &context).await?;
+        if let Err(error) = perform(action, &mut record, &context).await {
+            record.life.interrupt();
+            if record.life.next() == Some(Action::Thaw) {
+                // a guest does not stay frozen until this can be tried again
+                perform(Action::Thaw, &mut record, &context).await?;
+            }
+            return Err(error);
+        }
         if matches!(action, Action::Begin | Action::AbortJob) {
             gathered = gather(&backup, &live, &record, &context).await?;
         }
@@ -174,6 +186,10 @@ async fn gather(
         .unwrap_or_default();
     let seen = Seen { active, our_job: job == Job::Ours };
     let finalizing = backup.spec.state == DesiredState::Finalized && record.life.is_serving() && seen.our_job;
+    if finalizing {
+        // a successor must not ask for what was read before the finalize
+        context.store_coverage(&record.uid, live);
+    }
     let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
     Ok(Gathered {
         seen,
@@ -202,18 +218,51 @@ async fn count_missing(
 async fn perform(action: Action, record: &mut Record, context: &Context) -> Result<(), AgentError> {
     let with_checkpoint = record.bitmap.is_some();
     record.life.starting(action, with_checkpoint, clock::now());
-    context.host.state.store(record).map_err(AgentError::State)?;
+    match context.host.state.store(record) {
+        // a thaw leaves nothing behind that a successor must know of
+        Err(error) if action == Action::Thaw => {
+            tracing::warn!(backup = %record.uid, %error, "thawing all the same");
+        }
+        other => other?,
+    }
+    if let Some(step) = before(action) {
+        killpoint::reached(step);
+    }
     if action == Action::AbortJob {
         context.end_tickets(&record.uid).await;
     }
     let (host, mut moved) = (context.host.clone(), record.clone());
     let (report, moved) = context.blocking(move || Ok((host.perform(action, &mut moved), moved))).await?;
     *record = moved;
+    killpoint::reached(after(action));
     tracing::info!(backup = %record.uid, vm = %record.vm, ?action, ?report, "host action");
     let required = record.quiesce == api::QuiesceMode::Required;
     record.life.done(action, report, required, clock::now());
     context.host.state.store(record).map_err(AgentError::State)?;
     Ok(())
+}
+
+/// The step that noting the intent of `action` is.
+fn before(action: Action) -> Option<Step> {
+    match action {
+        Action::MakeFiles => Some(Step::RecordStored),
+        Action::Begin => Some(Step::BeginIntended),
+        _ => None,
+    }
+}
+
+/// The step that having done `action` is.
+fn after(action: Action) -> Step {
+    match action {
+        Action::MakeFiles => Step::ScratchMade,
+        Action::Freeze => Step::Frozen,
+        Action::Begin => Step::BeginAnswered,
+        Action::Thaw => Step::Thawed,
+        Action::AbortJob => Step::JobAborted,
+        Action::DeleteCheckpoint => Step::CheckpointRemoved,
+        Action::ForgetCheckpoint => Step::CheckpointForgotten,
+        Action::RemoveFiles => Step::FilesRemoved,
+    }
 }
 
 async fn write_status(
@@ -248,6 +297,11 @@ async fn write_status(
         object.metadata.managed_fields = None;
         object.status = Some(new.clone());
         cluster::replace_status(&api, &object, api::AGENT).await?;
+        match phase {
+            Phase::Ready => killpoint::reached(Step::ReadyWritten),
+            phase if phase.is_terminal() => killpoint::reached(Step::TerminalWritten),
+            _ => {}
+        }
         tell(backup, old, &new, record, context).await;
     }
     Ok(phase)

@@ -29,7 +29,9 @@ use crate::api::{
 use crate::clock;
 use crate::cluster;
 use crate::imageio::{End, Ticket, TicketId};
+use crate::killpoint;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 /// How soon to look again at a transfer whose backup this agent has not taken up yet.
 const SOON: Duration = Duration::from_millis(200);
@@ -193,13 +195,18 @@ async fn open(
     };
     live.require(disk, ticket.required);
     live.ticketed(uid);
-    if context.tickets.stats(uid).is_some() && !is_new {
+    // a predecessor may have stored a ticket, and not lived to make its Secret
+    if transfer.status.as_ref().is_some_and(|status| status.ticket_secret.is_some()) {
+        live.announce(uid);
+    }
+    if live.is_announced(uid) && context.tickets.stats(uid).is_some() {
         return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
     }
     let api = Api::<Secret>::namespaced(context.client.clone(), &record.namespace);
     loop {
         // stored first: a Secret of this number that is there already is then known to be ours
         context.host.state.store_ticket(&record.uid, uid, &ticket)?;
+        killpoint::reached(Step::TicketStored);
         let created =
             cluster::create(&api, &secret(transfer, uid, &ticket, record, context), api::AGENT).await?;
         if created || !is_new {
@@ -207,6 +214,8 @@ async fn open(
         }
         ticket.secret += 1;
     }
+    live.announce(uid);
+    killpoint::reached(Step::SecretMade);
     let name = secret_name(uid, ticket.secret);
     context.tickets.add(ticket.ticket, coverage);
     Ok(Standing::Open { secret: Some(name), nbd: None })

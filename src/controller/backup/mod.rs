@@ -21,7 +21,9 @@ use crate::api::{
 };
 use crate::clock;
 use crate::cluster;
+use crate::killpoint;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 /// How long after a deadline the agent is given to end the backup itself.
 const GRACE: SignedDuration = SignedDuration::from_secs(60);
@@ -107,13 +109,16 @@ async fn bind(
     binding: &Binding,
     context: &Context,
 ) -> Result<Duration, OperatorError> {
+    killpoint::reached(Step::Validated);
     let held = cluster::hold(api, backup).await?;
+    killpoint::reached(Step::Held);
     let now = clock::now();
     let checkpoint = desired::checkpoint(&held, binding, &context.cluster, now);
     if let Some(checkpoint) = &checkpoint {
         let checkpoints =
             Api::<VmCheckpoint>::namespaced(context.client.clone(), &held.namespace().unwrap_or_default());
         cluster::create(&checkpoints, checkpoint, api::OPERATOR).await?;
+        killpoint::reached(Step::CheckpointMade);
     }
     let named = checkpoint.map(|checkpoint| checkpoint.name_any());
     let new = status::bound(old, binding, named, held.metadata.generation, now);
@@ -122,6 +127,7 @@ async fn bind(
     object.status = Some(new);
     let bound = cluster::replace_status(api, &object, api::OPERATOR).await?;
     tracing::info!(backup = bound.uid(), vm = bound.spec.vm, node = binding.node, "bound");
+    killpoint::reached(Step::Bound);
     make_transfers(&bound, context).await
 }
 
@@ -143,6 +149,7 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<Duration
         // the store is often behind our own write: asking costs a read, a second create a write
         let known = api.get_opt(&name).await?;
         if known.is_none() && cluster::create(&api, &transfer, api::OPERATOR).await? {
+            killpoint::reached(Step::TransferMade);
             continue;
         }
         if known.as_ref().is_none_or(|known| known.metadata.deletion_timestamp.is_some()) {
@@ -246,7 +253,9 @@ async fn settle(
     let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
     let Some(found) = checkpoints.get_opt(name).await? else { return Ok(()) };
     if status.phase == Phase::Succeeded {
-        return checkpoint::make_usable(&checkpoints, &found, clock::now()).await;
+        checkpoint::make_usable(&checkpoints, &found, clock::now()).await?;
+        killpoint::reached(Step::CheckpointUsable);
+        return Ok(());
     }
     if checkpoint::is_usable(&found) || !(is_host_clean(&status.conditions) || abandoned) {
         return Ok(());
@@ -297,7 +306,9 @@ async fn part(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Res
         }
     }
     settle(backup, old, parting == Parting::Abandon, context).await?;
+    killpoint::reached(Step::Settled);
     cluster::release(&api(backup, context), backup).await?;
+    killpoint::reached(Step::FinalizerRemoved);
     context.wake_vm(&namespace, &backup.spec.vm);
     Ok(Requeue::await_change())
 }

@@ -151,9 +151,10 @@ pub struct Life {
     /// What could not be done in this pass, and why: the next pass tries again.
     #[serde(skip)]
     pub deferred: Vec<(Action, Because)>,
-    /// The record comes from a process that is gone: what it froze is thawed first.
+    /// The way up was cut off, by the end of a process or a call that did not come back: what was frozen
+    /// is thawed first, and then the way up starts again.
     #[serde(skip)]
-    pub adopted: bool,
+    pub interrupted: bool,
 }
 
 impl Life {
@@ -165,6 +166,11 @@ impl Life {
     /// Whether the disks can be read.
     pub fn is_serving(&self) -> bool {
         self.stage == Stage::Begun && self.outcome.is_none()
+    }
+
+    /// The process, or a call, was lost on the way.
+    pub fn interrupt(&mut self) {
+        self.interrupted = true;
     }
 
     /// A new pass: what was deferred is tried again.
@@ -184,13 +190,17 @@ impl Life {
 
     fn wanted(&self) -> impl Iterator<Item = Action> {
         let ending = self.outcome.is_some();
-        let thaw = self.held.frozen && (ending || self.adopted || self.stage == Stage::Begun);
+        let thaw = self.held.frozen && (ending || self.interrupted || self.stage == Stage::Begun);
         let mut wanted = Vec::with_capacity(5);
         if thaw {
             wanted.push(Action::Thaw);
         }
         match &self.outcome {
             None if thaw && self.stage < Stage::Begun => {}
+            // a begin that nobody heard the answer of, and no job: its checkpoint is in the way of the next
+            None if self.held.checkpoint && self.stage < Stage::Begun && !self.held.job => {
+                wanted.push(Action::DeleteCheckpoint);
+            }
             None => wanted.extend(match self.stage {
                 Stage::New => Some(Action::MakeFiles),
                 Stage::Prepared => Some(Action::Freeze),
@@ -294,10 +304,10 @@ impl Life {
         self.held.frozen = false;
         self.thaw_failures = 0;
         self.thawed_at = Some(now);
-        if self.adopted {
-            self.adopted = false;
+        if self.interrupted {
+            self.interrupted = false;
+            // the freeze was for a begin that never came: freeze again
             if self.stage == Stage::Quiesced {
-                // the freeze was for a begin that never came: freeze again
                 self.stage = Stage::Prepared;
             }
         }
@@ -311,14 +321,27 @@ impl Life {
         }
         if seen.active && seen.our_job {
             self.meet_job(now);
-        } else if self.outcome.is_none() && (self.stage == Stage::Begun || self.held.job) {
-            self.end(Outcome::Failed(if seen.active {
-                let message = "libvirt's backup job ended although nobody asked Virtmark to end it";
-                Because::new(Reason::HypervisorError, message)
-            } else {
-                let message = "the VM stopped while its backup ran: what was read is of no use";
-                Because::new(Reason::VmStopped, message)
-            }));
+        } else if self.outcome.is_none() && self.stage < Stage::Begun {
+            self.start_over(seen.active);
+        } else if self.outcome.is_none() && seen.active {
+            let message = "libvirt's backup job ended although nobody asked Virtmark to end it";
+            self.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
+        } else if self.outcome.is_none() {
+            let message = "the VM stopped while its backup ran: what was read is of no use";
+            self.end(Outcome::Failed(Because::new(Reason::VmStopped, message)));
+        }
+        self.interrupted &= self.held.frozen;
+    }
+
+    /// No job runs, and none was known to: what a lost call may have begun is begun anew.
+    fn start_over(&mut self, active: bool) {
+        if self.held.job {
+            self.held.job = false;
+            self.interrupted = true;
+        }
+        if !active {
+            // the VM may come back with other disks
+            self.stage = Stage::New;
         }
     }
 

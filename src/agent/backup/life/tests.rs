@@ -93,7 +93,7 @@ impl Host {
 fn successor(life: &Life) -> Life {
     let stored = serde_json::to_string(life).unwrap();
     let mut life: Life = serde_json::from_str(&stored).unwrap();
-    life.adopted = true;
+    life.interrupt();
     life
 }
 
@@ -173,6 +173,21 @@ proptest! {
         prop_assert!(life.is_ended(), "{life:?}");
         let left = Host { off: host.off, ..Host::default() };
         prop_assert_eq!(host, left);
+    }
+
+    /// Processes that die on the way up cost time, and nothing else.
+    #[test]
+    fn serves_in_the_end_however_often_its_process_dies(
+        deaths in prop::collection::vec(prop_oneof![
+            Just(Call::Works), Just(Call::DiesBefore), Just(Call::DiesAfter)], 0..20),
+    ) {
+        let (mut life, mut host) = (Life::default(), Host::default());
+        for (now, call) in deaths.into_iter().chain([Call::Works; 8]).enumerate() {
+            step(&mut life, &mut host, call, false, at(now.try_into().unwrap()));
+        }
+        prop_assert!(life.is_serving(), "{life:?}");
+        let serving = Host { files: true, job: true, checkpoint: true, ..Host::default() };
+        prop_assert_eq!(host, serving);
     }
 
     #[test]

@@ -1,0 +1,19 @@
+//! Processes die, daemons restart, the API server goes away: nothing is lost, and nothing leaks.
+//!
+//! These tests kill what all others share, so each has the bed to itself. They need the processes built with the
+//! feature `killpoints`, as `make test` does.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod kills;
+mod readers;
+#[path = "../cluster/rig.rs"]
+#[allow(dead_code, reason = "the cluster tests use the rest")]
+mod rig;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The bed, for one test alone.
+fn alone() -> MutexGuard<'static, ()> {
+    static BED: Mutex<()> = Mutex::new(());
+    BED.lock().unwrap_or_else(PoisonError::into_inner)
+}

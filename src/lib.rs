@@ -2,15 +2,16 @@
 //!
 //! ```text
 //!  floor 4  assemblies   controller             agent
-//!  floor 3  ports        cluster clock telemetry    nbd::client  imageio::serve  libvirt
+//!  floor 3  ports        cluster clock killpoint telemetry    nbd::client  imageio::serve  libvirt
 //!  floor 2  decisions    controller::*::{resolve,desired,status}  agent::backup::{life,decide,status}
 //!                        imageio::{ticket,coverage,route}
 //!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml
-//!  floor 0  vocabulary   extent   reason
+//!  floor 0  vocabulary   extent   reason   step
 //! ```
 //!
 //! A floor uses those below it, never one above: `tests/floors.rs` says who may import whom.
 
+pub mod access;
 #[cfg(feature = "agent")]
 pub mod agent;
 pub mod api;
@@ -19,8 +20,11 @@ pub mod cluster;
 pub mod controller;
 pub mod extent;
 pub mod imageio;
+pub mod killpoint;
 #[cfg(feature = "agent")]
 pub mod libvirt;
 pub mod nbd;
 pub mod reason;
+pub mod step;
+pub mod tables;
 pub mod telemetry;

@@ -1,29 +1,56 @@
-//! Writes `crds/` from the Rust types; with `--check` only says what differs.
+//! Writes what is made from the Rust code: `crds/`, `deploy/` and the tables in `docs/`; with `--check` only says
+//! what differs.
 
 use std::process::ExitCode;
 use std::{env, fs};
 
+use anyhow::Context as _;
+use serde::Serialize;
 use serde_saphyr::SerializerOptions;
+use virtmark::{access, api, tables};
+
+const MARK: &str = "# made by `cargo run --bin generate`\n";
+
+/// Where operator and agents live.
+const NAMESPACE: &str = "virtmark-system";
 
 fn main() -> anyhow::Result<ExitCode> {
+    let mut made = Vec::new();
+    for crd in api::crds() {
+        made.push((format!("crds/{}.yaml", crd.spec.names.plural), format!("{MARK}{}", yaml(&crd)?)));
+    }
+    for (name, objects) in access::manifests(NAMESPACE) {
+        let documents = objects.iter().map(yaml).collect::<anyhow::Result<Vec<_>>>()?;
+        made.push((format!("deploy/{name}.yaml"), format!("{MARK}{}", documents.join("---\n"))));
+    }
+    for (name, table) in tables::all() {
+        let path = format!("docs/{name}.md");
+        let page = fs::read_to_string(&path).with_context(|| format!("{path} is missing"))?;
+        let page =
+            tables::put(&page, &table).with_context(|| format!("{path} has no place for its table"))?;
+        made.push((path, page));
+    }
+
     let check = env::args().any(|argument| argument == "--check");
-    let mut plain = SerializerOptions::default();
-    plain.prefer_block_scalars = false;
     let mut differ = false;
-    for crd in virtmark::api::crds() {
-        let path = format!("crds/{}.yaml", crd.spec.names.plural);
-        let mut yaml = String::from("# made by `cargo run --bin crdgen` from src/api\n");
-        serde_saphyr::to_fmt_writer_with_options(&mut yaml, &crd, plain.clone())?;
-        if fs::read_to_string(&path).is_ok_and(|old| old == yaml) {
+    for (path, text) in made {
+        if fs::read_to_string(&path).is_ok_and(|old| old == text) {
             continue;
         }
         if check {
-            eprintln!("{path} is not what src/api says: run `cargo run --bin crdgen`");
+            eprintln!("{path} is not what the code says: run `cargo run --bin generate`");
             differ = true;
         } else {
-            fs::create_dir_all("crds")?;
-            fs::write(&path, yaml)?;
+            fs::write(&path, text)?;
         }
     }
     Ok(if differ { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn yaml(object: &impl Serialize) -> anyhow::Result<String> {
+    let mut plain = SerializerOptions::default();
+    plain.prefer_block_scalars = false;
+    let mut text = String::new();
+    serde_saphyr::to_fmt_writer_with_options(&mut text, object, plain)?;
+    Ok(text)
 }

@@ -1,7 +1,7 @@
 //! What the operator's reconcilers share.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::channel::mpsc::UnboundedSender;
@@ -70,6 +70,7 @@ pub struct Context {
     pub(super) wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
     pub(super) wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
     pub(super) failures: Failures,
+    pub(super) secrets_deleted: Names,
 }
 
 impl Context {
@@ -144,6 +145,31 @@ pub fn is_host_clean(conditions: &[k8s_openapi::apimachinery::pkg::apis::meta::v
     conditions::is_true(conditions, conditions::HOST_CLEAN)
 }
 
+/// Names of what was done already, so that it is not asked for again.
+#[derive(Default)]
+pub struct Names(Mutex<HashSet<String>>);
+
+impl Names {
+    fn names(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether `name` was done.
+    pub fn contains(&self, name: &str) -> bool {
+        self.names().contains(name)
+    }
+
+    /// `name` was done.
+    pub fn insert(&self, name: &str) {
+        self.names().insert(name.to_owned());
+    }
+
+    /// `name` is of no interest any more.
+    pub fn remove(&self, name: &str) {
+        self.names().remove(name);
+    }
+}
+
 /// How often each object failed in a row, for a pause that grows.
 #[derive(Default)]
 pub struct Failures(Mutex<HashMap<String, u32>>);
@@ -151,7 +177,7 @@ pub struct Failures(Mutex<HashMap<String, u32>>);
 impl Failures {
     /// One more: the pause before the next try.
     pub fn again<K: Resource>(&self, object: &K) -> Duration {
-        let mut counts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(object.uid().unwrap_or_default()).or_default();
         *count = count.saturating_add(1).min(9);
         Duration::from_millis(500 << *count).min(Duration::from_secs(120))
@@ -159,7 +185,7 @@ impl Failures {
 
     /// It went well.
     pub fn clear<K: Resource>(&self, object: &K) {
-        let mut counts = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts.remove(&object.uid().unwrap_or_default());
     }
 }

@@ -16,7 +16,9 @@ use crate::api::conditions::{self, Observation};
 use crate::api::{self, DesiredState, ImageTransfer, ImageTransferStatus, Phase, VmBackup};
 use crate::clock;
 use crate::cluster;
+use crate::killpoint;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
@@ -118,6 +120,9 @@ pub async fn reconcile(
         object.status = Some(new.clone());
         cluster::replace_status(&api, &object, api::OPERATOR).await?;
         tracing::info!(backup = new.backup_uid, transfer = transfer.uid(), disk = transfer.spec.disk, phase = ?new.phase, "transfer");
+        if new.node_name.is_some() {
+            killpoint::reached(Step::TransferBound);
+        }
     }
     context.failures.clear(&*transfer);
     Ok(if new.phase.is_terminal() { Requeue::await_change() } else { Requeue::requeue(SAFETY_NET) })
@@ -156,12 +161,16 @@ async fn delete_secret(
     if !name.starts_with(&format!("ticket-{uid}-")) {
         return Ok(());
     }
+    if context.secrets_deleted.contains(name) {
+        return Ok(());
+    }
+    // by its name alone: the operator reads no Secret, and nobody else's has the transfer's uid in its name
     let secrets =
         Api::<Secret>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
-    if let Some(secret) = secrets.get_metadata_opt(name).await? {
-        cluster::delete(&secrets, name, secret.metadata.uid).await?;
-        tracing::info!(backup = status.backup_uid, transfer = uid, "ticket Secret deleted");
-    }
+    cluster::delete(&secrets, name, None).await?;
+    context.secrets_deleted.insert(name);
+    tracing::info!(backup = status.backup_uid, transfer = uid, "ticket Secret deleted");
+    killpoint::reached(Step::SecretDeleted);
     Ok(())
 }
 
@@ -188,6 +197,9 @@ async fn part(
     }
     delete_secret(transfer, old, context).await?;
     cluster::release(api, transfer).await?;
+    if let Some(name) = &old.ticket_secret {
+        context.secrets_deleted.remove(name);
+    }
     Ok(Requeue::await_change())
 }
 

@@ -1,0 +1,62 @@
+//! The tables of `docs/` that say what the code says: reasons and restarts. Pure: `generate` puts them in.
+
+use std::fmt::Write as _;
+
+use crate::reason::{Reason, Retry};
+use crate::step::Step;
+
+/// What stands before and after a table in its page.
+const MARKS: (&str, &str) =
+    ("<!-- made by `cargo run --bin generate`: do not edit -->\n", "<!-- end of what is made -->\n");
+
+/// Every table, by its page.
+pub fn all() -> Vec<(&'static str, String)> {
+    vec![("reasons", reasons()), ("restarts", restarts())]
+}
+
+fn reasons() -> String {
+    let mut table = "| Reason | What it means | Waits | What to do |\n|---|---|---|---|\n".to_owned();
+    for reason in Reason::ALL {
+        let waits = if reason.retry() == Retry::Wait { "yes" } else { "no" };
+        // writing to a String does not fail
+        let _ = writeln!(table, "| `{reason}` | {} | {waits} | {} |", reason.meaning(), reason.next_step());
+    }
+    table
+}
+
+fn restarts() -> String {
+    let mut table = "| Who dies | after | The successor finds | and |\n|---|---|---|---|\n".to_owned();
+    for step in Step::ALL {
+        let who = format!("{:?}", step.component()).to_lowercase();
+        let _ = writeln!(table, "| {who} | {} | {} | {} |", step.done(), step.finds(), step.does());
+    }
+    table
+}
+
+/// `page` with `table` between its marks; `None` when it has none.
+pub fn put(page: &str, table: &str) -> Option<String> {
+    let (before, rest) = page.split_once(MARKS.0)?;
+    let (_, after) = rest.split_once(MARKS.1)?;
+    Some(format!("{before}{}{table}{}{after}", MARKS.0, MARKS.1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_replaces_the_old_one_and_nothing_else() {
+        let page = format!("# a\n{}old\n{}tail\n", MARKS.0, MARKS.1);
+        let new = put(&page, "new\n").unwrap();
+        assert_eq!(new, format!("# a\n{}new\n{}tail\n", MARKS.0, MARKS.1));
+        assert_eq!(put(&new, "new\n"), Some(new));
+        assert_eq!(put("# no place", "new\n"), None);
+    }
+
+    #[test]
+    fn no_cell_breaks_its_row() {
+        for (name, table) in all() {
+            assert!(table.lines().all(|line| line.matches('|').count() == 5), "{name}");
+        }
+    }
+}

@@ -22,6 +22,12 @@ pub struct Config {
     /// Seconds for which a VM that no libvirt knows any more stays listed, as Missing.
     #[arg(long, default_value_t = 3600)]
     pub missing_grace_seconds: u32,
+    /// This operator's name among several: the pod's, say.
+    #[arg(long, env = "POD_NAME", default_value = "operator")]
+    pub identity: String,
+    /// Seconds after which the lease of an operator that does not renew it is free for another one.
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(3..=600))]
+    pub lease_seconds: u32,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

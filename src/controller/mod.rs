@@ -14,6 +14,7 @@ pub mod checkpoint;
 pub mod config;
 mod context;
 pub mod domain;
+mod lead;
 mod run;
 pub mod transfer;
 

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
 use super::context::{Context, OperatorError};
+use super::lead::{Candidate, lead};
 use super::{backup, checkpoint, domain, transfer};
 use crate::api::{self, DomainSighting, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::cluster::{self, Events};
@@ -21,7 +22,7 @@ use crate::cluster::{self, Events};
 /// How often the inventory is compared although no sighting changed.
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
-/// Runs the operator until `stop`.
+/// Runs the operator until `stop`: it works while it leads.
 ///
 /// # Errors
 /// When it cannot start: no API server, no rights.
@@ -29,8 +30,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let client = cluster::connect(config.kubeconfig.as_deref()).await?;
     let cluster = cluster_id(&client).await.context("the cluster's id, the uid of namespace kube-system")?;
     tracing::info!(cluster, "operator starts");
+    let candidate = Candidate {
+        identity: config.identity.clone(),
+        namespace: config.system_namespace.clone(),
+        seconds: config.lease_seconds,
+    };
+    lead(&client, &candidate, &stop, || work(&client, &cluster, &config)).await
+}
+
+/// All controllers. Ends only when one of them does.
+async fn work(client: &Client, cluster: &str, config: &Config) {
     let settings = || ControllerConfig::default().concurrency(16);
-    let stopped = || stop.clone().cancelled_owned();
     let (wake_backup, woken_backups) = mpsc::unbounded();
     let (wake_transfer, woken_transfers) = mpsc::unbounded();
     let (wake_checkpoint, woken_checkpoints) = mpsc::unbounded();
@@ -41,7 +51,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let context = Arc::new(Context {
         client: client.clone(),
         events: Events::new(client.clone(), api::OPERATOR, None),
-        cluster,
+        cluster: cluster.to_owned(),
         binding: tokio::sync::Mutex::default(),
         backups: backups.store(),
         transfers: transfers.store(),
@@ -50,31 +60,29 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         wake_transfer,
         wake_checkpoint,
         failures: super::context::Failures::default(),
+        secrets_deleted: super::context::Names::default(),
     });
     let backups = backups
         .with_config(settings())
         .reconcile_on(woken_backups)
-        .graceful_shutdown_on(stopped())
         .run(backup::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("VmBackup", result) });
     let transfers = transfers
         .with_config(settings())
         .reconcile_on(woken_transfers)
-        .graceful_shutdown_on(stopped())
         .run(transfer::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("ImageTransfer", result) });
     let checkpoints = checkpoints
         .with_config(settings())
         .reconcile_on(woken_checkpoints)
-        .graceful_shutdown_on(stopped())
         .run(checkpoint::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("VmCheckpoint", result) });
     tokio::select! {
-        _ = async { tokio::join!(backups, transfers, checkpoints) } => {}
-        () = inventory(&config, &context) => {}
-        () = stop.cancelled() => {}
+        () = backups => {}
+        () = transfers => {}
+        () = checkpoints => {}
+        () = inventory(config, &context) => {}
     }
-    Ok(())
 }
 
 /// Follows the sightings.

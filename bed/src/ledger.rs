@@ -31,12 +31,17 @@ impl Process {
     /// The process with this pid, as it is now; `None` when there is none.
     pub fn find(pid: u32, what: &str, is_namespace: bool) -> Option<Self> {
         let pid = i32::try_from(pid).ok()?;
-        Some(Self { pid, started: start_time(pid)?, what: what.to_owned(), is_namespace })
+        Some(Self { pid, started: stat(pid)?.1, what: what.to_owned(), is_namespace })
     }
 
     /// Whether it still runs.
     pub fn is_alive(&self) -> bool {
-        start_time(self.pid) == Some(self.started)
+        stat(self.pid).is_some_and(|(_, started)| started == self.started)
+    }
+
+    /// Whether it runs, and was stopped where it stands (SIGSTOP).
+    pub fn is_paused(&self) -> bool {
+        stat(self.pid).is_some_and(|(state, started)| state == 'T' && started == self.started)
     }
 
     /// Sends a signal, if it is still this process.
@@ -73,15 +78,16 @@ impl Process {
     }
 }
 
-/// Field 22 of `/proc/PID/stat`; none for a zombie, which is as good as gone.
-fn start_time(pid: i32) -> Option<u64> {
+/// State and start time, fields 3 and 22 of `/proc/PID/stat`; none for a zombie, which is as good as gone.
+fn stat(pid: i32) -> Option<(char, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // the name, in parentheses, may hold anything
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if fields.next()? == "Z" {
+    let state = fields.next()?.chars().next()?;
+    if state == 'Z' {
         return None;
     }
-    fields.nth(18)?.parse().ok()
+    Some((state, fields.nth(18)?.parse().ok()?))
 }
 
 /// The list, in a file of the bed's folder.

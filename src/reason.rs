@@ -15,7 +15,7 @@ pub enum Retry {
 }
 
 macro_rules! reasons {
-    ($($(#[doc = $doc:literal])+ $name:ident $retry:ident $next:literal,)+) => {
+    ($($(#[doc = $doc:literal])+ $name:ident $retry:ident $kinds:literal, $next:literal,)+) => {
         /// Every reason there is.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
         pub enum Reason { $($(#[doc = $doc])+ $name,)+ }
@@ -39,6 +39,11 @@ macro_rules! reasons {
                 match self { $(Self::$name => $next,)+ }
             }
 
+            /// The kinds of the objects that it is told of, for the documents.
+            pub fn kinds(self) -> &'static str {
+                match self { $(Self::$name => $kinds,)+ }
+            }
+
             /// What it means, for the documents.
             pub fn meaning(self) -> &'static str {
                 match self { $(Self::$name => concat!($($doc),+).trim_ascii(),)+ }
@@ -49,88 +54,94 @@ macro_rules! reasons {
 
 reasons! {
     // on the way
-    /// No controller has looked at the object yet.
-    Pending Wait "wait",
     /// It was bound to its node; the agent there goes on.
-    Bound Wait "wait",
+    Bound Wait "VmBackup", "wait",
     /// The disks can be read; the object is done once it is finalized.
-    AwaitingFinalize Wait "read every disk, then set spec.state to Finalized",
+    AwaitingFinalize Wait "VmBackup", "read every disk, then set spec.state to Finalized",
     /// It was finalized while bytes that had to be read were not.
-    TransfersIncomplete Wait "read what is missing, or set spec.state to Cancelled",
+    TransfersIncomplete Wait "VmBackup", "read what is missing, or set spec.state to Cancelled",
     /// The backup that this transfer belongs to is not Ready yet.
-    BackupNotReady Wait "wait, or look at the backup's reason",
+    BackupNotReady Wait "ImageTransfer", "wait, or look at the backup's reason",
     /// The backup that this transfer names does not exist yet.
-    BackupNotFound Wait "create the VmBackup, or correct spec.backup",
+    BackupNotFound Wait "ImageTransfer", "create the VmBackup, or correct spec.backup",
     /// The host is being cleaned.
-    Finalizing Wait "wait",
+    Finalizing Wait "VmBackup, VmCheckpoint", "wait",
     /// The backup succeeded: an incremental can start here.
-    BackupSucceeded Wait "nothing to do",
+    BackupSucceeded Wait "VmCheckpoint", "nothing to do",
     /// The ticket answers: the bytes can be read.
-    TicketReady Wait "read the URL from the Secret named in status.ticketSecret",
+    TicketReady Wait "ImageTransfer", "read the URL from the Secret named in status.ticketSecret",
 
     // ended well
     /// It was finalized with every byte read.
-    Finalized Never "nothing to do",
+    Finalized Never "VmBackup, ImageTransfer", "nothing to do",
     /// The user cancelled it.
-    Cancelled Never "make a new one when you want to try again",
+    Cancelled Never "VmBackup, ImageTransfer", "make a new one when you want to try again",
     /// It was deleted before it ended.
-    Deleted Never "nothing to do",
+    Deleted Never "VmBackup, ImageTransfer", "nothing to do",
 
     // waiting to start
     /// The VM is off.
-    VmNotRunning Wait "start the VM, or set offline to Refuse to fail at once",
+    VmNotRunning Wait "VmBackup, LibvirtDomain", "start the VM, or set offline to Refuse to fail at once",
     /// Another backup of this VM is not finished.
-    BackupAlreadyRunning Wait "finalize or cancel the other backup",
+    BackupAlreadyRunning Wait "VmBackup", "finalize or cancel the other backup",
     /// The VM is paused by an error, migrating, starting or shutting down.
-    VmBusy Wait "wait until the VM runs",
+    VmBusy Wait "VmBackup, LibvirtDomain", "wait until the VM runs",
     /// A block job or snapshot holds the VM's disks.
-    DisksLocked Wait "wait until the block job ends",
+    DisksLocked Wait "VmBackup", "wait until the block job ends",
     /// The VM's node is not Ready.
-    NodeNotReady Wait "bring the node back",
+    NodeNotReady Wait "VmBackup", "bring the node back",
     /// The agent of the node does not answer.
-    AgentUnreachable Wait "look at the agent of the node",
+    AgentUnreachable Wait "VmBackup", "look at the agent of the node",
     /// A backup of the VM runs, and the checkpoint cannot be removed meanwhile.
-    CheckpointBusy Wait "wait until the backup ends",
+    CheckpointBusy Wait "VmCheckpoint", "wait until the backup ends",
     /// The directory for scratch disks has too little space.
-    ScratchSpaceLow Wait "free space in the agent's state directory",
+    ScratchSpaceLow Wait "VmBackup", "free space in the agent's state directory",
 
     // refused
     /// No LibvirtDomain of this name is in this namespace.
-    VmNotFound Never "list the VMs with kubectl get lvd",
+    VmNotFound Never "VmBackup, VmCheckpoint, LibvirtDomain", "list the VMs with kubectl get lvd",
     /// A disk that was named does not exist in the VM.
-    DiskNotFound Never "list the disks in the LibvirtDomain's status.disks",
+    DiskNotFound Never "VmBackup, ImageTransfer", "list the disks in the LibvirtDomain's status.disks",
     /// A disk that was named cannot be backed up, or the VM has none that can.
-    DiskNotSupported Never "leave the disk out of spec.disks, or change it as the message says",
-    /// The libvirt or QEMU of the node cannot do this.
-    IncrementalNotSupported Never "upgrade libvirt to 7.2 or newer",
+    DiskNotSupported Never "VmBackup, LibvirtDomain", "leave the disk out of spec.disks, or change it as the message says",
     /// The guest could not be frozen, and quiesce.mode is Required.
-    QuiesceFailed Never "check the guest agent, or set quiesce.mode to BestEffort",
+    QuiesceFailed Never "VmBackup", "check the guest agent, or set quiesce.mode to BestEffort",
     /// The VM was replaced by another one of the same name.
-    VmReplaced Never "make a new backup: it starts a new chain",
+    VmReplaced Never "VmCheckpoint", "make a new backup: it starts a new chain",
+    /// Who asked may not back this VM up. Refused at admission: no object is made.
+    NotPermitted Never "VmBackup", "have an admin grant the verb backup on the LibvirtDomain (ClusterRole virtmark-backup)",
     /// The backup was not Ready within startDeadlineSeconds.
-    StartDeadlineExceeded Never "look at the last reason in the message, then make a new backup",
+    StartDeadlineExceeded Never "VmBackup", "look at the last reason in the message, then make a new backup",
+
+    // told of the inventory
+    /// Two domains have the same name: this one is published with the start of its uuid added.
+    NameTaken Never "LibvirtDomain", "rename one of the two domains",
 
     // ended otherwise
     /// The VM was stopped, or crashed, while it was being backed up.
-    VmStopped Never "make a new backup once the VM runs",
+    VmStopped Never "VmBackup", "make a new backup once the VM runs",
+    /// The VM went to another node before its backup began.
+    VmMigrated Never "VmBackup", "make a new backup: it is bound to the node where the VM is now",
+    /// Its node is cordoned, and the admin's drain grace is over.
+    NodeDraining Never "VmBackup", "make a new backup once the VM is on another node, or the node is uncordoned",
     /// Writes of the guest filled the scratch space.
-    ScratchExhausted Never "give the agent more scratch space, or read faster",
+    ScratchExhausted Never "VmBackup", "give the agent more scratch space, or read faster",
     /// The backup was not finalized within readyDeadlineSeconds.
-    ReadyDeadlineExceeded Never "make a new backup, and finalize it in time",
+    ReadyDeadlineExceeded Never "VmBackup", "make a new backup, and finalize it in time",
     /// No client asked for anything for clientIdleSeconds.
-    ClientIdle Never "make a new backup, and read it",
+    ClientIdle Never "VmBackup", "make a new backup, and read it",
     /// The backup ended, and this transfer with it.
-    TransferFailed Never "look at the backup, then make a new one",
+    TransferFailed Never "ImageTransfer", "look at the backup, then make a new one",
     /// The node is gone.
-    NodeLost Never "make a new backup where the VM runs now",
+    NodeLost Never "VmBackup, ImageTransfer, LibvirtDomain", "make a new backup where the VM runs now",
     /// libvirt ended the backup job, or refused it.
-    HypervisorError Never "read libvirt's words in the message",
+    HypervisorError Never "VmBackup", "read libvirt's words in the message",
     /// The host could not be cleaned yet; tried again.
-    FinalizeFailed Wait "look at the agent's log; it goes on trying",
+    FinalizeFailed Wait "VmBackup, VmCheckpoint", "look at the agent's log; it goes on trying",
     /// The guest's file systems may still be frozen; thawing goes on.
-    GuestMayBeFrozen Wait "run virsh domfsthaw on the node if the guest hangs",
+    GuestMayBeFrozen Wait "VmBackup", "run virsh domfsthaw on the node if the guest hangs",
     /// The finalizer was released although the host could not be reached.
-    HostCleanupAbandoned Never "check the node for leftovers named in the message when it is back",
+    HostCleanupAbandoned Never "VmBackup, ImageTransfer, VmCheckpoint", "check the node for leftovers named in the message when it is back",
 }
 
 impl fmt::Display for Reason {

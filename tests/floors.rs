@@ -37,6 +37,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ("libvirt", &["kube::", "hyper", "crate::nbd", "crate::imageio", "crate::agent", "crate::controller"]),
     ("agent/backup/life", DECISION),
     ("agent/backup/decide.rs", DECISION),
+    ("agent/backup/scratch.rs", DECISION),
     ("agent/backup/status.rs", DECISION),
     ("agent/transfer/status.rs", DECISION),
     ("agent", &["crate::controller"]),

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{AGENT_ACCOUNT, OPERATOR_ACCOUNT, user};
-use crate::api::{GROUP, TICKET_SECRET_TYPE};
+use crate::api::{self, GROUP, TICKET_SECRET_TYPE};
 
 /// The node that a token is bound to (`kubectl create token --bound-object-kind=Node`, and every pod's token);
 /// empty when it is bound to none.
@@ -17,6 +17,7 @@ pub fn all(namespace: &str) -> Vec<Value> {
     [
         agent_status(&agent),
         agent_sightings(&agent),
+        agent_heartbeat(&agent),
         agent_tickets(&agent),
         operator_secrets(&operator),
         backups(),
@@ -73,6 +74,20 @@ fn agent_sightings(agent: &str) -> Vec<Value> {
         .require(
             "object == null || !has(object.metadata.finalizers) && !has(object.metadata.ownerReferences)",
             "an agent writes neither finalizers nor owner references",
+        )
+        .build(None)
+}
+
+/// An agent says of itself only that it lives.
+fn agent_heartbeat(agent: &str) -> Vec<Value> {
+    let name = api::agent_lease("");
+    Policy::new("virtmark-agent-heartbeat", "coordination.k8s.io", &["leases"], &["CREATE", "UPDATE"])
+        .only_for(agent)
+        .variable("node", TOKEN_NODE)
+        .require("variables.node != ''", "the token is not bound to a node")
+        .require(
+            &format!("object.metadata.name == '{name}' + variables.node"),
+            "an agent renews the Lease of its own node only",
         )
         .build(None)
 }

@@ -6,6 +6,7 @@ use super::{AGENT_ACCOUNT, OPERATOR_ACCOUNT};
 use crate::api::GROUP;
 
 const EVENTS: &str = "events.k8s.io";
+const COORDINATION: &str = "coordination.k8s.io";
 const RBAC: &str = "rbac.authorization.k8s.io";
 
 /// Spec-level bookkeeping of our kinds, and deleting ticket Secrets; it reads no Secret.
@@ -30,28 +31,34 @@ pub fn operator(namespace: &str) -> Vec<Value> {
         rule(GROUP, &["vmbackups/finalizers"], &["update"]),
         // a policy narrows it to tickets
         rule("", &["secrets"], &["delete"]),
-        rule("", &["nodes"], &["get"]),
+        rule("", &["nodes"], &["get", "list", "watch"]),
         // its uid is the cluster's id
         json!({"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}),
         rule(EVENTS, &["events"], &["create", "patch"]),
     ];
     let here = vec![
         rule(GROUP, &["domainsightings"], &["get", "list", "watch"]),
-        // the lease by which one operator leads
-        rule("coordination.k8s.io", &["leases"], &["get", "create", "update", "patch"]),
+        // the lease by which one operator leads; the heartbeats of agents
+        rule(COORDINATION, &["leases"], &["get", "create", "update", "patch"]),
     ];
     account(namespace, OPERATOR_ACCOUNT, everywhere, here)
 }
 
-/// The status of objects bound to its node, its own sightings, new ticket Secrets. Policies narrow all three.
+/// The status of objects bound to its node, its own sightings and heartbeat, new ticket Secrets. Policies narrow all.
 pub fn agent(namespace: &str) -> Vec<Value> {
     let everywhere = vec![
         rule(GROUP, &["vmbackups", "vmcheckpoints", "imagetransfers"], &["get", "list", "watch"]),
         rule(GROUP, &["vmbackups/status", "vmcheckpoints/status", "imagetransfers/status"], &["update"]),
         rule("", &["secrets"], &["create"]),
+        // whether its own is cordoned; RBAC cannot say "its own"
+        rule("", &["nodes"], &["get", "list", "watch"]),
         rule(EVENTS, &["events"], &["create", "patch"]),
     ];
-    let here = vec![rule(GROUP, &["domainsightings"], &["get", "list", "create", "update", "delete"])];
+    let here = vec![
+        rule(GROUP, &["domainsightings"], &["get", "list", "create", "update", "delete"]),
+        // its heartbeat
+        rule(COORDINATION, &["leases"], &["create", "patch"]),
+    ];
     account(namespace, AGENT_ACCOUNT, everywhere, here)
 }
 

@@ -44,6 +44,16 @@ pub struct Config {
     /// PEM file with the CA that clients are told, with `--tls-cert`.
     #[arg(long, requires = "tls_cert")]
     pub tls_ca: Option<PathBuf>,
+    /// MiB that the scratch images of all backups may take together; default: what their file system has free, but for
+    /// a reserve.
+    #[arg(long, env = "VIRTMARK_SCRATCH_LIMIT_MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    pub scratch_limit_mib: Option<u64>,
+    /// Seconds for which a backup may go on after its node was cordoned: while it runs its VM cannot be migrated away.
+    #[arg(long, env = "VIRTMARK_DRAIN_GRACE_SECONDS", default_value_t = 300)]
+    pub drain_grace_seconds: u32,
+    /// Seconds between two renewals of the Lease by which this agent says that it lives; it holds for four times that.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=600))]
+    pub heartbeat_seconds: u16,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

@@ -4,12 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
-use kube::Client;
+use kube::api::ListParams;
+use kube::{Api, Client};
 
 use super::backup::act::{Host, HostError};
+use super::cordon::Cordon;
 use super::registry::{Live, Registry};
 use super::state::{Record, StateError};
 use super::transfer::StoredTicket;
+use crate::api::DomainSighting;
 use crate::cluster::Events;
 use crate::imageio::{self, Coverage, End, SharedCoverage, Tickets};
 use crate::libvirt::LibvirtError;
@@ -76,6 +79,12 @@ pub struct Context {
     pub client: Client,
     /// This node's name.
     pub node: String,
+    /// The operator's namespace, where the sightings are.
+    pub system_namespace: String,
+    /// Since when the node is cordoned.
+    pub cordon: Cordon,
+    /// How long a backup may go on after that.
+    pub drain_grace: SignedDuration,
     /// libvirt and the agent's directories.
     pub host: Host,
     /// The backups of this node.
@@ -102,6 +111,18 @@ impl Context {
         call: impl FnOnce() -> Result<T, HostError> + Send + 'static,
     ) -> Result<T, AgentError> {
         Ok(tokio::task::spawn_blocking(call).await.map_err(|_| AgentError::Lost)??)
+    }
+
+    /// The other node where a domain runs, if there is one.
+    ///
+    /// # Errors
+    /// When the API server cannot be asked.
+    pub async fn elsewhere(&self, vm_uuid: &str) -> Result<Option<String>, AgentError> {
+        let sightings = Api::<DomainSighting>::namespaced(self.client.clone(), &self.system_namespace);
+        let seen =
+            sightings.list(&ListParams::default()).await?.items.into_iter().map(|sighting| sighting.spec);
+        let mut others = seen.filter(|seen| seen.uuid == vm_uuid && seen.node_name != self.node);
+        Ok(others.find(|other| other.state.is_active()).map(|other| other.node_name))
     }
 
     /// The NBD export of a disk of a backup that runs.

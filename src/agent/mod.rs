@@ -14,9 +14,12 @@ mod certificate;
 pub mod checkpoint;
 pub mod config;
 mod context;
+mod cordon;
+mod heartbeat;
 mod inventory;
 mod registry;
 mod run;
+mod scratch;
 pub mod state;
 pub mod transfer;
 

@@ -13,6 +13,7 @@ use kube::runtime::reflector::ObjectRef;
 use super::state::Record;
 use crate::api::{ImageTransfer, VmBackup, VmCheckpoint};
 use crate::imageio::{Coverage, SharedCoverage};
+use crate::reason::Because;
 
 /// One backup of this node.
 pub struct Live {
@@ -46,6 +47,10 @@ struct Served {
     unseen: HashSet<String>,
     /// When its end was seen first.
     ended_at: Option<Timestamp>,
+    /// Why it must end for want of scratch space.
+    exhausted: Option<Because>,
+    /// Since when libvirt does not know its domain.
+    absent_since: Option<Timestamp>,
 }
 
 /// A disk's coverage, and how much of it is stored.
@@ -156,6 +161,23 @@ impl Live {
     /// Notes that it ended, if that is news, and tells when it did.
     pub fn ended(&self, now: Timestamp) -> Timestamp {
         *self.served().ended_at.get_or_insert(now)
+    }
+
+    /// Notes that it must end for want of scratch space.
+    pub fn exhaust(&self, because: Because) {
+        self.served().exhausted.get_or_insert(because);
+    }
+
+    /// Why it must end for want of scratch space.
+    pub fn exhausted(&self) -> Option<Because> {
+        self.served().exhausted.clone()
+    }
+
+    /// Notes whether libvirt knows its domain at `now`, and tells since when it does not.
+    pub fn absent(&self, absent: bool, now: Timestamp) -> Option<Timestamp> {
+        let mut served = self.served();
+        served.absent_since = absent.then(|| served.absent_since.unwrap_or(now));
+        served.absent_since
     }
 
     /// Whether a transfer is open whose reading cannot be seen.

@@ -16,11 +16,12 @@ use super::backup::act::Host;
 use super::certificate::Certificate;
 use super::config::Config;
 use super::context::{AgentError, Context};
+use super::cordon::Cordon;
 use super::inventory::Inventory;
 use super::registry::{Live, Registry};
 use super::state::StateDir;
 use super::transfer::StoredTicket;
-use super::{backup, checkpoint, transfer};
+use super::{backup, checkpoint, cordon, heartbeat, scratch, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
 use crate::cluster::{self, Events};
@@ -56,7 +57,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let context = Arc::new(Context {
         client: client.clone(),
         node: config.node_name.clone(),
-        host: Host { libvirt: Libvirt::new(&config.libvirt_uri), state },
+        system_namespace: config.system_namespace.clone(),
+        cordon: Cordon::default(),
+        drain_grace: SignedDuration::from_secs(config.drain_grace_seconds.into()),
+        host: Host {
+            libvirt: Libvirt::new(&config.libvirt_uri),
+            state,
+            scratch_limit: config.scratch_limit_mib.map(|mib| mib.saturating_mul(1 << 20)),
+        },
         registry: Registry::new(wake_backup, wake_transfer, wake_checkpoint),
         tickets: tickets.clone(),
         events: Events::new(client.clone(), api::AGENT, Some(config.node_name.clone())),
@@ -136,6 +144,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         () = server.serve(stop.clone()) => {}
         () = inventory => {}
         () = keeper => {}
+        () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds) => {}
+        () = cordon::follow(&context) => {}
+        () = scratch::watch(&context) => {}
         _ = async { tokio::join!(backup_controller, transfer_controller, checkpoint_controller) } => {}
         () = stop.cancelled() => {}
     }

@@ -13,13 +13,14 @@
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::backup::life::Life;
+use super::backup::scratch::Usage;
 use crate::api::QuiesceMode;
 
 /// What went wrong with the state directory.
@@ -76,7 +77,7 @@ pub struct Record {
 pub struct PlannedDisk {
     /// Its target in the domain, and the name of its export.
     pub target: String,
-    /// Its virtual size in bytes when the backup began; 0 before.
+    /// Its virtual size in bytes when the backup began; before, what the inventory said.
     pub size: u64,
     /// Path of its image on this host, for bitmaps of a VM that is off.
     pub image: Option<PathBuf>,
@@ -207,6 +208,23 @@ impl StateDir {
         Ok(stored.collect())
     }
 
+    /// What the scratch images take, and what their file system has.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn scratch_usage(&self) -> Result<Usage, StateError> {
+        let system = rustix::fs::statvfs(&self.run).map_err(|error| io_error(&self.run)(error.into()))?;
+        let used = names(&self.run)?.into_iter().filter(|uid| checked(uid).is_ok()).map(|uid| {
+            let bytes = allocated(&self.run.join(&uid));
+            (uid, bytes)
+        });
+        Ok(Usage {
+            total: system.f_blocks.saturating_mul(system.f_frsize),
+            free: system.f_bavail.saturating_mul(system.f_frsize),
+            used: used.collect(),
+        })
+    }
+
     /// Removes what a backup used on the host: scratch images, socket, folder.
     ///
     /// # Errors
@@ -262,6 +280,12 @@ fn names(dir: &Path) -> Result<Vec<String>, StateError> {
         Err(error) => return Err(io_error(dir)(error)),
     };
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
+/// Bytes that the files of a folder take on their disk. What goes meanwhile takes none.
+fn allocated(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+    entries.filter_map(|entry| entry.metadata().ok()).map(|file| file.blocks().saturating_mul(512)).sum()
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), StateError> {

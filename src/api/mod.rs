@@ -56,6 +56,11 @@ pub const OPERATOR: &str = "virtmark-operator";
 /// The field manager of the agents' writes.
 pub const AGENT: &str = "virtmark-agent";
 
+/// The name of the Lease, in the operator's namespace, by which the agent of `node` says that it lives.
+pub fn agent_lease(node: &str) -> String {
+    format!("virtmark-agent-{node}")
+}
+
 /// Where a one-shot object is in its life.
 #[derive(Serialize, Deserialize, schemars::JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {

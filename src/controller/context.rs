@@ -5,14 +5,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::channel::mpsc::UnboundedSender;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
+use super::nodes;
 use crate::api::conditions;
-use crate::api::{ImageTransfer, VmBackup, VmCheckpoint};
+use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
+use crate::clock;
 use crate::cluster::Events;
 
 /// How long a deletion waits for an agent before the finalizer is released all the same.
@@ -61,6 +64,8 @@ pub struct Context {
     pub events: Events,
     /// The first 8 hex digits of the cluster's id (the uid of namespace kube-system).
     pub cluster: String,
+    /// The operator's namespace.
+    pub system_namespace: String,
     /// Held from the check that no other backup of a VM runs until one is bound.
     pub binding: tokio::sync::Mutex<()>,
     pub(super) backups: Store<VmBackup>,
@@ -69,6 +74,8 @@ pub struct Context {
     pub(super) wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
     pub(super) wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
     pub(super) wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
+    /// Wakes the inventory: a node came, went, or changed its health.
+    pub(super) nodes_changed: tokio::sync::Notify,
     pub(super) failures: Failures,
     pub(super) secrets_deleted: Names,
 }
@@ -100,18 +107,45 @@ impl Context {
         }
     }
 
+    /// Looks again at everything: a node changed.
+    pub fn wake_all(&self) {
+        self.nodes_changed.notify_one();
+        for backup in self.backups.state() {
+            let _ = self.wake_backup.unbounded_send(ObjectRef::from_obj(&*backup));
+        }
+        for transfer in self.transfers.state() {
+            let _ = self.wake_transfer.unbounded_send(ObjectRef::from_obj(&*transfer));
+        }
+        for checkpoint in self.checkpoints.state() {
+            let _ = self.wake_checkpoint.unbounded_send(ObjectRef::from_obj(&*checkpoint));
+        }
+    }
+
     /// Whether a node can be worked on.
     ///
     /// # Errors
     /// When the API server cannot be asked.
     pub async fn node_health(&self, name: &str) -> Result<NodeHealth, OperatorError> {
         let node = Api::<Node>::all(self.client.clone()).get_opt(name).await?;
-        let Some(node) = node else { return Ok(NodeHealth::Gone) };
-        let conditions = node.status.and_then(|status| status.conditions).unwrap_or_default();
-        let not_ready =
-            conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status != "True");
-        Ok(if not_ready { NodeHealth::NotReady } else { NodeHealth::Up })
+        Ok(node.map_or(NodeHealth::Gone, |node| nodes::health(&node)))
     }
+
+    /// Whether the agent of a node says that it lives.
+    ///
+    /// # Errors
+    /// When the API server cannot be asked.
+    pub async fn agent_answers(&self, node: &str) -> Result<bool, OperatorError> {
+        let leases = Api::<Lease>::namespaced(self.client.clone(), &self.system_namespace);
+        let lease = leases.get_opt(&api::agent_lease(node)).await?;
+        Ok(lease.is_some_and(|lease| holds(&lease, clock::now())))
+    }
+}
+
+/// Whether a Lease was renewed in time. The nodes' clocks must agree better than a lease lasts.
+fn holds(lease: &Lease, now: Timestamp) -> bool {
+    let Some(spec) = &lease.spec else { return false };
+    let lasts = SignedDuration::from_secs(spec.lease_duration_seconds.unwrap_or_default().into());
+    spec.renew_time.as_ref().is_some_and(|renewed| now.duration_since(renewed.0) <= lasts)
 }
 
 /// Whether an object that is being deleted may go.
@@ -193,6 +227,19 @@ impl Failures {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lease_holds_until_it_was_not_renewed_in_time() {
+        let lease: Lease =
+            serde_json::from_value(serde_json::json!({"metadata": {"name": "virtmark-agent-a"},
+            "spec": {"leaseDurationSeconds": 40, "renewTime": "2026-11-25T00:00:00.000000Z"}}))
+            .unwrap();
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        assert!(holds(&lease, at("2026-11-24T23:59:59Z")), "a clock that is behind");
+        assert!(holds(&lease, at("2026-11-25T00:00:40Z")));
+        assert!(!holds(&lease, at("2026-11-25T00:00:41Z")));
+        assert!(!holds(&Lease::default(), at("2026-11-25T00:00:00Z")), "nobody ever renewed it");
+    }
 
     #[test]
     fn a_finalizer_never_wedges() {

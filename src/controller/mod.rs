@@ -15,6 +15,7 @@ pub mod config;
 mod context;
 pub mod domain;
 mod lead;
+mod nodes;
 mod run;
 pub mod transfer;
 

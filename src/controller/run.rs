@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::Config;
 use super::context::{Context, OperatorError};
 use super::lead::{Candidate, lead};
-use super::{backup, checkpoint, domain, transfer};
+use super::{backup, checkpoint, domain, nodes, transfer};
 use crate::api::{self, DomainSighting, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::cluster::{self, Events};
 
@@ -52,6 +52,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         client: client.clone(),
         events: Events::new(client.clone(), api::OPERATOR, None),
         cluster: cluster.to_owned(),
+        system_namespace: config.system_namespace.clone(),
         binding: tokio::sync::Mutex::default(),
         backups: backups.store(),
         transfers: transfers.store(),
@@ -59,6 +60,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         wake_backup,
         wake_transfer,
         wake_checkpoint,
+        nodes_changed: tokio::sync::Notify::new(),
         failures: super::context::Failures::default(),
         secrets_deleted: super::context::Names::default(),
     });
@@ -82,6 +84,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         () = transfers => {}
         () = checkpoints => {}
         () = inventory(config, &context) => {}
+        () = nodes::follow(&context) => {}
     }
 }
 
@@ -92,15 +95,19 @@ async fn inventory(config: &Config, context: &Context) {
     let mut changes = watcher(api, watcher::Config::default()).default_backoff().reflect(writer).boxed();
     let grace = SignedDuration::from_secs(config.missing_grace_seconds.into());
     loop {
-        match tokio::time::timeout(SAFETY_NET, changes.next()).await {
-            Ok(None) => return,
-            Ok(Some(Err(error))) => {
-                tracing::warn!(%error, "watching DomainSightings");
-                continue;
-            }
-            // a list is whole only when it is done
-            Ok(Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_)))) => continue,
-            Ok(Some(Ok(_))) | Err(_) => {}
+        tokio::select! {
+            change = changes.next() => match change {
+                None => return,
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "watching DomainSightings");
+                    continue;
+                }
+                // a list is whole only when it is done
+                Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_))) => continue,
+                Some(Ok(_)) => {}
+            },
+            () = context.nodes_changed.notified() => {}
+            () = tokio::time::sleep(SAFETY_NET) => {}
         }
         while let Err(error) =
             domain::publish_all(&sightings, &config.domains_namespace, grace, context).await

@@ -10,6 +10,7 @@ mod crds;
 mod guests;
 mod inventory;
 mod limits;
+mod reasons;
 mod refusals;
 mod rig;
 mod transfers;

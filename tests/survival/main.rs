@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod kills;
+mod nodes;
 mod readers;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]

@@ -11,9 +11,12 @@ use crate::agent::state::{Record, StateDir, StateError};
 use crate::api::QuiesceMode;
 use crate::killpoint;
 use crate::libvirt::xml::{self, Domain};
-use crate::libvirt::{Libvirt, LibvirtError};
+use crate::libvirt::{Libvirt, LibvirtError, Listed};
 use crate::reason::{Because, Reason};
 use crate::step::Step;
+
+/// How long libvirt may take between ending the job of a domain that stops, and calling it off.
+const STOP_BOUND: Duration = Duration::from_secs(2);
 
 /// How long libvirt is given to let go of an aborted job.
 const ABORT_BOUND: Duration = Duration::from_secs(20);
@@ -56,7 +59,13 @@ pub enum HostError {
 
 impl HostError {
     fn because(&self) -> Because {
-        Because::new(Reason::HypervisorError, self.to_string())
+        let reason = match self {
+            // it is on its way to another node, or back
+            Self::NoDomain => Reason::VmBusy,
+            Self::Libvirt(error) if error.is_no_domain() => Reason::VmBusy,
+            _ => Reason::HypervisorError,
+        };
+        Because::new(reason, self.to_string())
     }
 }
 
@@ -67,6 +76,8 @@ pub struct Host {
     pub libvirt: Libvirt,
     /// The agent's directories.
     pub state: StateDir,
+    /// Bytes that all scratch images may take, where the admin says.
+    pub scratch_limit: Option<u64>,
 }
 
 impl Host {
@@ -163,6 +174,25 @@ impl Host {
         Ok(killpoint::during(Step::BeginCalled, || {
             self.libvirt.backup_begin(&record.vm_uuid, &backup, checkpoint.as_deref())
         })?)
+    }
+
+    /// The record's domain, and whose job runs on it. A domain that loses its job because it is being stopped is
+    /// given a moment to be seen off.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn look(&self, record: &Record) -> Result<(Option<Listed>, Job), HostError> {
+        let bound = Instant::now() + STOP_BOUND;
+        loop {
+            // the job first: a job that is seen was there while the domain ran
+            let job = self.our_job(record)?;
+            let listed = self.libvirt.lookup(&record.vm_uuid)?;
+            let active = listed.as_ref().is_some_and(|listed| listed.state.is_active());
+            if !record.life.is_serving() || job == Job::Ours || !active || Instant::now() > bound {
+                return Ok((listed, job));
+            }
+            sleep(Duration::from_millis(50));
+        }
     }
 
     /// Whether the job that runs on the record's domain is the record's.

@@ -3,8 +3,12 @@
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 use super::life::{Life, Outcome, Stage};
+use super::scratch;
 use crate::api::{DesiredState, DomainState, OfflinePolicy, VmBackupSpec};
 use crate::reason::{Because, Reason};
+
+/// A VM that this libvirt does not know for so long, and that runs nowhere else, is not on its way anywhere.
+const ABSENT: SignedDuration = SignedDuration::from_secs(10);
 
 /// What was gathered for the decision.
 #[derive(Clone, Debug)]
@@ -15,6 +19,20 @@ pub struct Facts<'a> {
     pub created: Timestamp,
     /// The domain's state here; `None` when this libvirt does not know it.
     pub domain: Option<DomainState>,
+    /// Since when this libvirt does not know it.
+    pub absent_since: Option<Timestamp>,
+    /// The other node where the domain runs.
+    pub elsewhere: Option<&'a str>,
+    /// Bytes that scratch images may take yet, before any is made.
+    pub room: Option<u64>,
+    /// Bytes of scratch space that the backup is expected to need.
+    pub need: u64,
+    /// Why it must end for want of scratch space.
+    pub exhausted: Option<&'a Because>,
+    /// Since when the node is cordoned.
+    pub cordoned_since: Option<Timestamp>,
+    /// How long a backup may go on after that.
+    pub drain_grace: SignedDuration,
     /// Disks that a block job holds.
     pub block_jobs: &'a [String],
     /// A backup job of somebody else runs on the domain.
@@ -43,6 +61,13 @@ pub fn ending(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Out
                 format!("not Ready within {} s{}", spec.start_deadline_seconds, why.unwrap_or_default());
             return failed(Reason::StartDeadlineExceeded, message);
         }
+        if let Some(node) = facts.elsewhere {
+            let message = format!("the VM went to node {node} before the backup began");
+            return failed(Reason::VmMigrated, message);
+        }
+        if facts.absent_since.is_some_and(|since| facts.now.duration_since(since) >= ABSENT) {
+            return failed(Reason::VmNotFound, "the VM is defined on this node no more".to_owned());
+        }
         if facts.domain == Some(DomainState::Off) && spec.offline == OfflinePolicy::Refuse {
             return failed(Reason::VmNotRunning, "the VM is off, and offline is Refuse".to_owned());
         }
@@ -52,6 +77,14 @@ pub fn ending(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Out
         && facts.missing.is_some_and(|m| m.iter().all(|(_, bytes)| *bytes == 0))
     {
         return Some(Outcome::Succeeded);
+    }
+    if let Some(because) = facts.exhausted {
+        return Some(Outcome::Failed(because.clone()));
+    }
+    if drain_due(ready_at, facts).is_some_and(|due| facts.now >= due) {
+        let message =
+            format!("the node is cordoned, and the backup went on for {} s", facts.drain_grace.as_secs());
+        return failed(Reason::NodeDraining, message);
     }
     if facts.now >= deadline(ready_at, spec.ready_deadline_seconds) {
         let unread = facts.missing.map(incomplete).map(|what| format!("; still unread: {what}"));
@@ -92,7 +125,7 @@ pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Becau
     if let Some(disk) = facts.block_jobs.first() {
         return Some(Because::new(Reason::DisksLocked, format!("a block job runs on disk {disk}")));
     }
-    None
+    facts.room.filter(|_| life.stage == Stage::New).and_then(|room| scratch::too_low(facts.need, room))
 }
 
 /// `vda: 65536 bytes, vdb: 1 bytes`.
@@ -110,9 +143,16 @@ pub fn next_due(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<T
         None => Some(deadline(facts.created, spec.start_deadline_seconds)),
         Some(ready_at) => {
             let ready = deadline(ready_at, spec.ready_deadline_seconds);
-            Some(ready.min(deadline(facts.last_request, spec.client_idle_seconds)))
+            let due = ready.min(deadline(facts.last_request, spec.client_idle_seconds));
+            Some(drain_due(ready_at, facts).map_or(due, |drain| drain.min(due)))
         }
     }
+}
+
+/// When a drain of the node ends a backup that is Ready: one that began on a cordoned node has its time too.
+fn drain_due(ready_at: Timestamp, facts: &Facts<'_>) -> Option<Timestamp> {
+    let since = facts.cordoned_since?.max(ready_at);
+    Some(since.checked_add(facts.drain_grace).unwrap_or(Timestamp::MAX))
 }
 
 fn deadline(from: Timestamp, seconds: i32) -> Timestamp {
@@ -146,6 +186,13 @@ mod tests {
             deleting: false,
             created: at(0),
             domain: Some(DomainState::Running),
+            absent_since: None,
+            elsewhere: None,
+            room: Some(100),
+            need: 10,
+            exhausted: None,
+            cordoned_since: None,
+            drain_grace: SignedDuration::from_secs(20),
             block_jobs: &[],
             foreign_job: false,
             missing: None,
@@ -167,6 +214,9 @@ mod tests {
         let part = [("vda".to_owned(), 0), ("vdb".to_owned(), 7)];
         let (new, up) = (Life::default(), ready());
         let off = Facts { domain: Some(DomainState::Off), ..facts(11) };
+        let full = Because::new(Reason::ScratchExhausted, "full");
+        let absent = Facts { domain: None, absent_since: Some(at(1)), ..facts(10) };
+        let cordoned = |since, now| Facts { cordoned_since: Some(at(since)), ..facts(now) };
         let table: &[(&str, &str, &Life, Facts<'_>, Option<&str>)] = &[
             ("nothing happens", "{}", &new, facts(99), None),
             ("too late to start", "{}", &new, facts(100), Some("StartDeadlineExceeded")),
@@ -202,6 +252,28 @@ mod tests {
             ),
             ("off, refused", r#"{"offline":"Refuse"}"#, &new, off.clone(), Some("VmNotRunning")),
             ("off, waits", "{}", &new, off, None),
+            ("absent for a moment", "{}", &new, absent.clone(), None),
+            ("absent for good", "{}", &new, Facts { now: at(11), ..absent.clone() }, Some("VmNotFound")),
+            ("on another node", "{}", &new, Facts { elsewhere: Some("b"), ..absent }, Some("VmMigrated")),
+            (
+                "no scratch space",
+                "{}",
+                &up,
+                Facts { exhausted: Some(&full), ..facts(11) },
+                Some("ScratchExhausted"),
+            ),
+            (
+                "no scratch space, and all is read",
+                r#"{"state":"Finalized"}"#,
+                &up,
+                Facts { exhausted: Some(&full), missing: Some(&whole), ..facts(11) },
+                Some("Succeeded"),
+            ),
+            ("cordoned, within its time", "{}", &up, cordoned(15, 34), None),
+            ("cordoned for too long", "{}", &up, cordoned(15, 35), Some("NodeDraining")),
+            ("begun on a cordoned node", "{}", &up, cordoned(1, 29), None),
+            ("begun on a cordoned node, too long ago", "{}", &up, cordoned(1, 30), Some("NodeDraining")),
+            ("cordoned before it began", "{}", &new, cordoned(1, 90), None),
         ];
         for (what, json, life, facts, expected) in table {
             assert_eq!(ends(json, life, facts).as_deref(), *expected, "{what}");
@@ -219,6 +291,8 @@ mod tests {
             (Facts { domain: Some(DomainState::Off), ..facts(1) }, Some(Reason::VmNotRunning)),
             (Facts { foreign_job: true, ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
             (Facts { block_jobs: &jobs, ..facts(1) }, Some(Reason::DisksLocked)),
+            (Facts { room: Some(9), ..facts(1) }, Some(Reason::ScratchSpaceLow)),
+            (Facts { room: None, ..facts(1) }, None),
         ];
         for (facts, expected) in cases {
             let held = hold(&spec("{}"), &Life::default(), &facts).map(|because| because.reason);
@@ -231,6 +305,8 @@ mod tests {
     fn looks_again_at_the_earliest_deadline() {
         assert_eq!(next_due(&spec("{}"), &Life::default(), &facts(1)), Some(at(100)));
         assert_eq!(next_due(&spec("{}"), &ready(), &facts(11)), Some(at(60)));
+        let cordoned = Facts { cordoned_since: Some(at(11)), ..facts(12) };
+        assert_eq!(next_due(&spec("{}"), &ready(), &cordoned), Some(at(31)));
         let long = spec(r#"{"clientIdleSeconds":5000}"#);
         assert_eq!(next_due(&long, &ready(), &facts(11)), Some(at(1010)));
     }

@@ -4,4 +4,5 @@ pub mod act;
 pub mod decide;
 pub mod life;
 pub mod reconcile;
+pub mod scratch;
 pub mod status;

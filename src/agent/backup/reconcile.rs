@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::runtime::controller::Action as Requeue;
 use kube::{Api, ResourceExt as _};
 
 use super::act::Job;
 use super::decide::{self, Facts};
-use super::life::{Action, Life, Outcome, Seen};
+use super::life::{Action, Life, Outcome, Seen, Stage};
+use super::scratch;
 use super::status::{self, Observed};
 use crate::agent::registry::Live;
 use crate::agent::state::{PlannedDisk, Record};
@@ -125,8 +126,7 @@ pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(
     record.life.retry();
     let host = context.host.clone();
     let asked = record.clone();
-    let (listed, job) =
-        context.blocking(move || Ok((host.libvirt.lookup(&asked.vm_uuid)?, host.our_job(&asked)?))).await?;
+    let (listed, job) = context.blocking(move || host.look(&asked)).await?;
     let active = listed.is_some_and(|listed| listed.state.is_active());
     record.life.observe(Seen { active, our_job: job == Job::Ours }, clock::now());
     while let Some(action) = record.life.next() {
@@ -148,6 +148,13 @@ struct Gathered {
     foreign_job: bool,
     missing: Option<Vec<(String, u64)>>,
     last_request: Option<Timestamp>,
+    absent_since: Option<Timestamp>,
+    elsewhere: Option<String>,
+    room: Option<u64>,
+    need: u64,
+    exhausted: Option<Because>,
+    cordoned_since: Option<Timestamp>,
+    drain_grace: SignedDuration,
     hold: Option<Because>,
 }
 
@@ -159,6 +166,13 @@ impl Gathered {
             deleting: backup.metadata.deletion_timestamp.is_some(),
             created: backup.creation_timestamp().map_or(now, |created| created.0),
             domain: self.domain,
+            absent_since: self.absent_since,
+            elsewhere: self.elsewhere.as_deref(),
+            room: self.room,
+            need: self.need,
+            exhausted: self.exhausted.as_ref(),
+            cordoned_since: self.cordoned_since,
+            drain_grace: self.drain_grace,
             block_jobs: &self.block_jobs,
             foreign_job: self.foreign_job,
             missing: self.missing.as_deref(),
@@ -176,8 +190,7 @@ async fn gather(
 ) -> Result<Gathered, AgentError> {
     let host = context.host.clone();
     let asked = record.clone();
-    let (listed, job) =
-        context.blocking(move || Ok((host.libvirt.lookup(&asked.vm_uuid)?, host.our_job(&asked)?))).await?;
+    let (listed, job) = context.blocking(move || host.look(&asked)).await?;
     let active = listed.as_ref().is_some_and(|listed| listed.state.is_active());
     let block_jobs = listed
         .as_ref()
@@ -191,8 +204,24 @@ async fn gather(
         context.store_coverage(&record.uid, live);
     }
     let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
+    let starting = record.life.stage < Stage::Begun && record.life.outcome.is_none();
+    let elsewhere = if starting && !active { context.elsewhere(&record.vm_uuid).await? } else { None };
+    let room = if record.life.stage == Stage::New {
+        let host = context.host.clone();
+        let usage = context.blocking(move || Ok(host.state.scratch_usage()?)).await?;
+        Some(usage.room(context.host.scratch_limit))
+    } else {
+        None
+    };
     Ok(Gathered {
         seen,
+        absent_since: live.absent(listed.is_none(), clock::now()),
+        elsewhere,
+        room,
+        need: scratch::need(record.disks.iter().map(|disk| disk.size)),
+        exhausted: live.exhausted(),
+        cordoned_since: context.cordon.since(),
+        drain_grace: context.drain_grace,
         domain: listed.map(|listed| listed.state),
         block_jobs,
         foreign_job: job == Job::Foreign,
@@ -374,7 +403,7 @@ async fn adopt(
     let quiesce = backup.spec.quiesce.clone().unwrap_or_default();
     let disks = status.disks.iter().map(|disk| PlannedDisk {
         target: disk.name.clone(),
-        size: 0,
+        size: disk.size.and_then(|size| u64::try_from(size).ok()).unwrap_or_default(),
         image: None,
         in_checkpoint: disk.in_checkpoint,
     });

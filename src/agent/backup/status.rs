@@ -55,6 +55,11 @@ fn ready_because(observed: &Observed<'_>, phase: Phase) -> Because {
         (_, Some(Outcome::Succeeded)) => {
             Because::new(Reason::Finalized, "every byte that had to be read was read")
         }
+        (Phase::Ready, None)
+            if let Some((_, why)) = life.deferred.iter().find(|(a, _)| *a == Action::Thaw) =>
+        {
+            Because::new(Reason::GuestMayBeFrozen, why.message.clone())
+        }
         (Phase::Ready, None) if observed.wish == DesiredState::Finalized => {
             let unread = incomplete(observed.missing);
             Because::new(Reason::TransfersIncomplete, format!("finalized, but not yet read: {unread}"))

@@ -75,7 +75,8 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         };
     };
     let record = live.record.lock().await;
-    let wish = if transfer.meta().deletion_timestamp.is_some() {
+    // one that the operator ended while this agent was away is ended here too
+    let wish = if transfer.meta().deletion_timestamp.is_some() || old.phase.is_terminal() {
         DesiredState::Cancelled
     } else {
         transfer.spec.state

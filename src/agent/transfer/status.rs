@@ -10,6 +10,9 @@ use crate::reason::{Because, Reason};
 /// Seconds between two writes of progress alone.
 pub const PROGRESS_SECONDS: i64 = 5;
 
+/// What a clean host is told with.
+const CLEAN: &str = "the ticket is gone from the node";
+
 /// Where a transfer stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
@@ -46,6 +49,14 @@ pub struct Observed {
 /// The whole status.
 pub fn status(old: &ImageTransferStatus, observed: &Observed) -> ImageTransferStatus {
     let mut new = old.clone();
+    let seen = Observation { generation: observed.generation, now: observed.now };
+    if old.phase.is_terminal() {
+        // its end is told already, by the operator while this agent was away: only say that the host is clean now
+        if matches!(observed.standing, Standing::Ended(..)) {
+            conditions::host_clean(&mut new.conditions, CLEAN, seen);
+        }
+        return new;
+    }
     new.observed_generation = observed.generation;
     let as_i64 = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     new.size = observed.size.map(as_i64).or(new.size);
@@ -77,10 +88,9 @@ pub fn status(old: &ImageTransferStatus, observed: &Observed) -> ImageTransferSt
             because.clone()
         }
     };
-    let seen = Observation { generation: observed.generation, now: observed.now };
     conditions::one_shot(&mut new.conditions, new.phase, &because, seen);
     if new.phase.is_terminal() {
-        conditions::host_clean(&mut new.conditions, "the ticket is gone from the node", seen);
+        conditions::host_clean(&mut new.conditions, CLEAN, seen);
     }
     new
 }
@@ -108,6 +118,23 @@ fn percent(part: u64, whole: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_that_was_told_is_not_told_again() {
+        let at = Timestamp::from_second(9).unwrap();
+        let ended = |because| Observed {
+            generation: Some(2),
+            standing: Standing::Ended(Phase::Cancelled, because),
+            size: Some(1),
+            transferred: Some(1),
+            required: None,
+            now: at,
+        };
+        let lost = ImageTransferStatus { phase: Phase::Failed, ..ImageTransferStatus::default() };
+        let new = status(&lost, &ended(Because::new(Reason::Cancelled, "later")));
+        assert!(conditions::is_true(&new.conditions, conditions::HOST_CLEAN));
+        assert_eq!(ImageTransferStatus { conditions: vec![], ..new }, lost);
+    }
 
     fn observed(standing: Standing, transferred: u64, now: i64) -> Observed {
         Observed {

@@ -31,6 +31,9 @@ const GRACE: SignedDuration = SignedDuration::from_secs(60);
 /// How soon to look again at what is about to go.
 const SOON: Duration = Duration::from_millis(250);
 
+/// How soon to ask again whether an agent lives.
+const AGENT: Duration = Duration::from_secs(2);
+
 /// How soon to look again although nothing was heard.
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
@@ -66,9 +69,9 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
     let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
     let domain = domains.get_opt(&seen.spec.vm).await?;
     let node = domain.as_ref().and_then(|domain| domain.status.as_ref()?.node_name.clone());
-    let node = match node {
-        Some(node) => context.node_health(&node).await?,
-        None => NodeHealth::Gone,
+    let (node, agent_answers) = match node {
+        Some(node) => (context.node_health(&node).await?, context.agent_answers(&node).await?),
+        None => (NodeHealth::Gone, false),
     };
 
     // from the look at the others until the bind, nobody else binds
@@ -83,15 +86,17 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
         return Ok(Requeue::requeue(Duration::from_millis(20)));
     }
     let now = clock::now();
-    let facts = Facts { domain: domain.as_ref(), others: &others, node, now };
+    let facts = Facts { domain: domain.as_ref(), others: &others, node, agent_answers, now };
     let generation = backup.metadata.generation;
     match resolve(&backup, &facts) {
         Verdict::Bind(binding) => Ok(Requeue::requeue(bind(&api, &backup, old, &binding, context).await?)),
         Verdict::Wait(because) => {
             let new = status::waiting(old, &because, generation, now);
             write(&api, &backup, old, new, &because, true, context).await?;
+            // nobody tells when an agent comes back
+            let again = if because.reason == Reason::AgentUnreachable { AGENT } else { SAFETY_NET };
             let due = resolve::start_deadline(&backup, now);
-            Ok(Requeue::requeue(until(due, now).min(SAFETY_NET)))
+            Ok(Requeue::requeue(until(due, now).min(again)))
         }
         Verdict::Fail(because) => {
             let new = status::failed(old, &because, true, generation, now);

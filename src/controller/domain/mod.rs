@@ -70,7 +70,7 @@ pub async fn publish_all(
                         format!("the name {taken} is another VM's: this one is published as {name}");
                     context
                         .events
-                        .tell(&created, false, "Publish", &Because::new(Reason::VmReplaced, message))
+                        .tell(&created, false, "Publish", &Because::new(Reason::NameTaken, message))
                         .await;
                 }
                 write(&api, created, *status).await?;

@@ -17,7 +17,7 @@
 use k8s_openapi::jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::reason::{Because, Reason};
+use crate::reason::{Because, Reason, Retry};
 
 /// One call to the host. Each can be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -254,7 +254,9 @@ impl Life {
                 self.stage = Stage::Begun;
                 self.ready_at = Some(now);
             }
-            (Action::MakeFiles | Action::Freeze | Action::Begin, Report::Failed(because)) => {
+            (Action::MakeFiles | Action::Freeze | Action::Begin, Report::Failed(because))
+                if because.reason.retry() == Retry::Never =>
+            {
                 self.end(Outcome::Failed(because));
             }
             (Action::Thaw, Report::Done) => self.thawed(now),

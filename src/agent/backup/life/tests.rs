@@ -28,6 +28,8 @@ enum Call {
     Works,
     FailsBefore,
     FailsAfter,
+    /// It cannot be done now, and may be later.
+    Waits,
     /// The process dies in the middle; a successor reads the record.
     DiesBefore,
     DiesAfter,
@@ -49,6 +51,7 @@ fn call() -> impl Strategy<Value = Call> {
         6 => Just(Call::Works),
         1 => Just(Call::FailsBefore),
         1 => Just(Call::FailsAfter),
+        1 => Just(Call::Waits),
         1 => Just(Call::DiesBefore),
         1 => Just(Call::DiesAfter),
     ]
@@ -116,6 +119,7 @@ fn step(life: &mut Life, host: &mut Host, call: Call, required: bool, now: Times
         }
         Call::Works if works && action == Action::Freeze => Report::Froze(Freeze::Frozen),
         Call::Works if works => Report::Done,
+        Call::Waits if action != Action::Freeze => Report::Failed(because(Reason::VmBusy)),
         _ if action == Action::Freeze => Report::Froze(Freeze::Failed("test".to_owned())),
         _ => Report::Failed(because(Reason::HypervisorError)),
     };
@@ -175,14 +179,15 @@ proptest! {
         prop_assert_eq!(host, left);
     }
 
-    /// Processes that die on the way up cost time, and nothing else.
+    /// Processes that die, and calls that must wait, cost time on the way up, and nothing else.
     #[test]
     fn serves_in_the_end_however_often_its_process_dies(
         deaths in prop::collection::vec(prop_oneof![
-            Just(Call::Works), Just(Call::DiesBefore), Just(Call::DiesAfter)], 0..20),
+            Just(Call::Works), Just(Call::Waits), Just(Call::DiesBefore), Just(Call::DiesAfter)], 0..20),
     ) {
         let (mut life, mut host) = (Life::default(), Host::default());
         for (now, call) in deaths.into_iter().chain([Call::Works; 8]).enumerate() {
+            life.retry();
             step(&mut life, &mut host, call, false, at(now.try_into().unwrap()));
         }
         prop_assert!(life.is_serving(), "{life:?}");

@@ -18,6 +18,8 @@ pub struct Facts<'a> {
     pub others: &'a [VmBackup],
     /// Whether the VM's node is there and not NotReady.
     pub node: NodeHealth,
+    /// Whether that node's agent says that it lives.
+    pub agent_answers: bool,
     /// The time.
     pub now: Timestamp,
 }
@@ -118,6 +120,9 @@ fn check(backup: &VmBackup, facts: &Facts<'_>) -> Result<Binding, Because> {
     };
     if facts.node != NodeHealth::Up {
         return no(Reason::NodeNotReady, format!("node {node} is not Ready"));
+    }
+    if !facts.agent_answers {
+        return no(Reason::AgentUnreachable, format!("the agent of node {node} does not answer"));
     }
     if let Some(other) = facts.others.iter().find(|other| goes_first(other, backup)) {
         let message = format!("VmBackup {} of the same VM is not finished", other.name_any());

@@ -147,12 +147,17 @@ fn every_refusal_has_its_reason() {
     ];
     for (what, spec, state, node, now, expected) in table {
         let found = state.map(domain);
-        let facts = Facts { domain: found.as_ref(), others: &[], node, now: at(now) };
+        let facts = Facts { domain: found.as_ref(), others: &[], node, agent_answers: true, now: at(now) };
         assert_eq!(says(&resolve(&backup("a", 0, spec), &facts)), expected, "{what}");
     }
+    let silent =
+        Facts { domain: Some(&running), others: &[], node: NodeHealth::Up, agent_answers: false, now: at(1) };
+    let verdict = resolve(&backup("a", 0, json!({})), &silent);
+    assert_eq!(says(&verdict), ("wait", Some(Reason::AgentUnreachable)));
     let mut bare = running;
     bare.status.as_mut().unwrap().disks.retain(|disk| disk.backup == BackupSupport::Unsupported);
-    let facts = Facts { domain: Some(&bare), others: &[], node: NodeHealth::Up, now: at(1) };
+    let facts =
+        Facts { domain: Some(&bare), others: &[], node: NodeHealth::Up, agent_answers: true, now: at(1) };
     let verdict = resolve(&backup("a", 0, json!({})), &facts);
     assert_eq!(says(&verdict), ("fail", Some(Reason::DiskNotSupported)), "no disk at all");
 }
@@ -160,7 +165,8 @@ fn every_refusal_has_its_reason() {
 #[test]
 fn takes_every_disk_that_can_be_backed_up_in_the_domains_order() {
     let domain = domain(DomainState::Running);
-    let facts = Facts { domain: Some(&domain), others: &[], node: NodeHealth::Up, now: at(1) };
+    let facts =
+        Facts { domain: Some(&domain), others: &[], node: NodeHealth::Up, agent_answers: true, now: at(1) };
     let names = |spec| match resolve(&backup("a", 0, spec), &facts) {
         Verdict::Bind(binding) => {
             let bitmaps: Vec<_> = binding.in_checkpoint.iter().map(|disk| disk.target.clone()).collect();
@@ -192,7 +198,13 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
             let others = [other.clone(), backup.clone()];
             resolve(
                 backup,
-                &Facts { domain: Some(&domain), others: &others, node: NodeHealth::Up, now: at(20) },
+                &Facts {
+                    domain: Some(&domain),
+                    others: &others,
+                    node: NodeHealth::Up,
+                    agent_answers: true,
+                    now: at(20),
+                },
             )
         };
         let mine = verdict(&new("a", 2), &other);
@@ -204,7 +216,13 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
     let (a, b) = (new("a", 2), new("b", 2));
     let waits = |one: &VmBackup, other: &VmBackup| {
         let others = [other.clone()];
-        let facts = Facts { domain: Some(&domain), others: &others, node: NodeHealth::Up, now: at(3) };
+        let facts = Facts {
+            domain: Some(&domain),
+            others: &others,
+            node: NodeHealth::Up,
+            agent_answers: true,
+            now: at(3),
+        };
         matches!(resolve(one, &facts), Verdict::Wait(_))
     };
     assert!(waits(&a, &b) != waits(&b, &a), "of two of the same second exactly one waits");

@@ -1,0 +1,42 @@
+//! Tells, by a Lease of its own, that this node's agent lives: the operator binds nothing to one that does not.
+//!
+//! It tells that the agent reaches the API server, and no more: what libvirt says is in the sightings.
+
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ObjectMeta, Patch, PatchParams};
+use kube::{Api, Client};
+
+use crate::api;
+use crate::clock;
+
+/// A lease holds for this many beats, so that one that is late is not missed.
+const BEATS: i32 = 4;
+
+/// Renews the Lease of `node` every `seconds`, for ever.
+pub async fn beat(client: Client, namespace: &str, node: &str, seconds: u16) {
+    let leases = Api::<Lease>::namespaced(client, namespace);
+    let params = PatchParams::apply(api::AGENT).force();
+    loop {
+        let lease = lease(node, seconds, clock::now());
+        let name = api::agent_lease(node);
+        if let Err(error) = leases.patch(&name, &params, &Patch::Apply(&lease)).await {
+            tracing::warn!(%error, "the agent's Lease was not renewed: nothing new is bound to this node meanwhile");
+        }
+        tokio::time::sleep(Duration::from_secs(seconds.into())).await;
+    }
+}
+
+fn lease(node: &str, seconds: u16, now: Timestamp) -> Lease {
+    let metadata = ObjectMeta { name: Some(api::agent_lease(node)), ..ObjectMeta::default() };
+    let spec = LeaseSpec {
+        holder_identity: Some(node.to_owned()),
+        lease_duration_seconds: Some(i32::from(seconds) * BEATS),
+        renew_time: Some(MicroTime(now)),
+        ..LeaseSpec::default()
+    };
+    Lease { metadata, spec: Some(spec) }
+}

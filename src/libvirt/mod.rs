@@ -181,6 +181,18 @@ impl Libvirt {
         }
     }
 
+    /// Whether libvirt works on the domain: a backup that begins or runs, a migration, a dump.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn is_worked_on(&self, uuid: &str) -> Result<bool, LibvirtError> {
+        match self.domain(uuid).and_then(|domain| Ok(domain.job_info()?)) {
+            Ok(job) => Ok(u32::try_from(job.r#type) != Ok(virt::sys::VIR_DOMAIN_JOB_NONE)),
+            Err(error) if error.is_no_backup() || error.is_no_domain() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Aborts the domain's job. Ask `backup_xml` first whose it is.
     ///
     /// # Errors

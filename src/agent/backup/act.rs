@@ -18,6 +18,9 @@ use crate::step::Step;
 /// How long libvirt may take between ending the job of a domain that stops, and calling it off.
 const STOP_BOUND: Duration = Duration::from_secs(2);
 
+/// How long a begin may take whose caller died: libvirt's own bound for a domain that is held.
+const BEGIN_BOUND: Duration = Duration::from_secs(30);
+
 /// How long libvirt is given to let go of an aborted job.
 const ABORT_BOUND: Duration = Duration::from_secs(20);
 
@@ -177,21 +180,26 @@ impl Host {
     }
 
     /// The record's domain, and whose job runs on it. A domain that loses its job because it is being stopped is
-    /// given a moment to be seen off.
+    /// given a moment to be seen off, a begin that nobody heard the answer of the time to come to its end.
     ///
     /// # Errors
     /// When libvirt cannot be reached.
     pub fn look(&self, record: &Record) -> Result<(Option<Listed>, Job), HostError> {
-        let bound = Instant::now() + STOP_BOUND;
+        let since = Instant::now();
         loop {
             // the job first: a job that is seen was there while the domain ran
             let job = self.our_job(record)?;
             let listed = self.libvirt.lookup(&record.vm_uuid)?;
             let active = listed.as_ref().is_some_and(|listed| listed.state.is_active());
-            if !record.life.is_serving() || job == Job::Ours || !active || Instant::now() > bound {
+            let bound = match job {
+                Job::None | Job::Other if record.life.is_serving() && active => STOP_BOUND,
+                Job::Other if record.life.has_lost_begin() => BEGIN_BOUND,
+                _ => return Ok((listed, job)),
+            };
+            if since.elapsed() > bound {
                 return Ok((listed, job));
             }
-            sleep(Duration::from_millis(50));
+            sleep(Duration::from_millis(20));
         }
     }
 
@@ -200,7 +208,9 @@ impl Host {
     /// # Errors
     /// When libvirt cannot be reached.
     pub fn our_job(&self, record: &Record) -> Result<Job, HostError> {
-        let Some(running) = self.libvirt.backup_xml(&record.vm_uuid)? else { return Ok(Job::None) };
+        let Some(running) = self.libvirt.backup_xml(&record.vm_uuid)? else {
+            return Ok(if self.libvirt.is_worked_on(&record.vm_uuid)? { Job::Other } else { Job::None });
+        };
         let ours = self.state.socket_of(&record.uid)?;
         let is_ours = xml::backup_socket(&running).is_some_and(|socket| Path::new(&socket) == ours);
         Ok(if is_ours { Job::Ours } else { Job::Foreign })
@@ -287,15 +297,17 @@ impl Host {
     }
 }
 
-/// Whose backup job runs on a domain.
+/// Whose job runs on a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
     /// None does.
     None,
     /// The one asked about.
     Ours,
-    /// Another one.
+    /// Another backup's.
     Foreign,
+    /// Not a backup's, or that of one that is just beginning.
+    Other,
 }
 
 /// The redefinition was refused because the bitmap, or the disk, is not there: nothing to delete.

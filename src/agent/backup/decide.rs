@@ -37,6 +37,8 @@ pub struct Facts<'a> {
     pub block_jobs: &'a [String],
     /// A backup job of somebody else runs on the domain.
     pub foreign_job: bool,
+    /// Another job than a backup's runs on the domain.
+    pub other_job: bool,
     /// Per disk, bytes that must be read and were not; known only once finalize was asked for.
     pub missing: Option<&'a [(String, u64)]>,
     /// When a client last asked for something, or the backup became Ready.
@@ -122,6 +124,12 @@ pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Becau
             "a backup job that is not Virtmark's runs on the VM (virsh domjobinfo shows it)",
         );
     }
+    if facts.other_job {
+        return because(
+            Reason::VmBusy,
+            "libvirt works on the VM: a migration, a dump, or a backup that begins",
+        );
+    }
     if let Some(disk) = facts.block_jobs.first() {
         return Some(Because::new(Reason::DisksLocked, format!("a block job runs on disk {disk}")));
     }
@@ -195,6 +203,7 @@ mod tests {
             drain_grace: SignedDuration::from_secs(20),
             block_jobs: &[],
             foreign_job: false,
+            other_job: false,
             missing: None,
             last_request: at(10),
             now: at(now),
@@ -290,6 +299,7 @@ mod tests {
             (Facts { domain: Some(DomainState::Busy), ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { domain: Some(DomainState::Off), ..facts(1) }, Some(Reason::VmNotRunning)),
             (Facts { foreign_job: true, ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
+            (Facts { other_job: true, ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { block_jobs: &jobs, ..facts(1) }, Some(Reason::DisksLocked)),
             (Facts { room: Some(9), ..facts(1) }, Some(Reason::ScratchSpaceLow)),
             (Facts { room: None, ..facts(1) }, None),

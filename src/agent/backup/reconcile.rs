@@ -71,6 +71,10 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
         record.life.end(Outcome::Failed(because));
     }
 
+    if record.life.next() == Some(Action::Thaw) {
+        // before anything is looked at: libvirt may take its time to answer
+        perform(Action::Thaw, &mut record, &context).await?;
+    }
     let mut gathered = gather(&backup, &live, &record, &context).await?;
     loop {
         let facts = gathered.facts(&backup, &live, &record.life);
@@ -146,6 +150,7 @@ struct Gathered {
     domain: Option<api::DomainState>,
     block_jobs: Vec<String>,
     foreign_job: bool,
+    other_job: bool,
     missing: Option<Vec<(String, u64)>>,
     last_request: Option<Timestamp>,
     absent_since: Option<Timestamp>,
@@ -175,6 +180,7 @@ impl Gathered {
             drain_grace: self.drain_grace,
             block_jobs: &self.block_jobs,
             foreign_job: self.foreign_job,
+            other_job: self.other_job,
             missing: self.missing.as_deref(),
             last_request: asked.max(life.ready_at).unwrap_or(now),
             now,
@@ -225,6 +231,7 @@ async fn gather(
         domain: listed.map(|listed| listed.state),
         block_jobs,
         foreign_job: job == Job::Foreign,
+        other_job: job == Job::Other,
         missing,
         last_request: context.last_request(live, clock::now()),
         hold: None,
@@ -260,12 +267,27 @@ async fn perform(action: Action, record: &mut Record, context: &Context) -> Resu
     if action == Action::AbortJob {
         context.end_tickets(&record.uid).await;
     }
+    let required = record.quiesce == api::QuiesceMode::Required;
     let (host, mut moved) = (context.host.clone(), record.clone());
-    let (report, moved) = context.blocking(move || Ok((host.perform(action, &mut moved), moved))).await?;
+    let work = context.blocking(move || Ok((host.perform(action, &mut moved), moved)));
+    tokio::pin!(work);
+    let bound = Duration::from_secs(u64::try_from(record.quiesce_seconds).unwrap_or_default());
+    let frozen = action == Action::Begin && record.life.held.frozen;
+    let (early, (report, moved)) = tokio::select! {
+        done = &mut work => (false, done?),
+        () = tokio::time::sleep(bound), if frozen => {
+            let (host, mut asked) = (context.host.clone(), record.clone());
+            let thawed = context.blocking(move || Ok(host.perform(Action::Thaw, &mut asked))).await?;
+            tracing::warn!(backup = %record.uid, vm = %record.vm, ?thawed, "libvirt takes long to begin");
+            (true, work.await?)
+        }
+    };
     *record = moved;
     killpoint::reached(after(action));
     tracing::info!(backup = %record.uid, vm = %record.vm, ?action, ?report, "host action");
-    let required = record.quiesce == api::QuiesceMode::Required;
+    if early {
+        record.life.thawed_early(record.quiesce_seconds, required);
+    }
     record.life.done(action, report, required, clock::now());
     context.host.state.store(record).map_err(AgentError::State)?;
     Ok(())

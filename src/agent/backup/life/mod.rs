@@ -168,6 +168,19 @@ impl Life {
         self.stage == Stage::Begun && self.outcome.is_none()
     }
 
+    /// Whether a begin was called that nobody heard the answer of.
+    pub fn has_lost_begin(&self) -> bool {
+        self.held.job && self.stage < Stage::Begun
+    }
+
+    /// The begin took longer than the guest may stay frozen, and the guest was thawed meanwhile: what it wrote at the
+    /// point in time is not quiet.
+    pub fn thawed_early(&mut self, seconds: i32, required: bool) {
+        let why =
+            format!("libvirt took longer than {seconds} s to begin, and the guest was thawed meanwhile");
+        self.froze(Freeze::Failed(why), required);
+    }
+
     /// The process, or a call, was lost on the way.
     pub fn interrupt(&mut self) {
         self.interrupted = true;
@@ -298,7 +311,7 @@ impl Life {
         if required {
             self.end(Outcome::Failed(Because::new(Reason::QuiesceFailed, why)));
         } else {
-            self.stage = Stage::Quiesced;
+            self.stage = self.stage.max(Stage::Quiesced);
         }
     }
 
@@ -320,6 +333,7 @@ impl Life {
         if !seen.active {
             self.held.frozen = false;
             self.held.job = false;
+            self.deferred.retain(|(action, _)| *action != Action::Thaw);
         }
         if seen.active && seen.our_job {
             self.meet_job(now);

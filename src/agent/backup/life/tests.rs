@@ -229,6 +229,21 @@ fn a_required_freeze_that_fails_ends_it_and_still_thaws() {
 }
 
 #[test]
+fn a_begin_that_takes_too_long_is_not_quiet() {
+    for required in [false, true] {
+        let mut life = Life { stage: Stage::Quiesced, quiet: Quiet::Frozen, ..Life::default() };
+        life.held.frozen = true;
+        life.starting(Action::Begin, true, at(1));
+        life.thawed_early(10, required);
+        life.done(Action::Begin, Report::Done, required, at(31));
+        assert_eq!(life.next(), Some(Action::Thaw), "once more, for certain");
+        assert_eq!(life.is_serving(), !required);
+        assert!(matches!(&life.quiet, Quiet::Not(why) if why.contains("10 s")));
+        assert_eq!(life.frozen_milliseconds(), None);
+    }
+}
+
+#[test]
 fn thawing_is_given_up_in_the_end() {
     let mut life = Life { stage: Stage::Begun, ..Life::default() };
     life.held.frozen = true;

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rand::Rng as _;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -191,7 +192,10 @@ pub fn write_kubeconfig(path: &Path, plane: &ControlPlane, user: &serde_json::Va
     Ok(())
 }
 
-/// Three loopback ports that nobody used a moment ago.
+/// Ports that the kernel gives to no client (its own start at 32768): a daemon that is started again finds its port free.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// Loopback ports that nobody used a moment ago.
 ///
 /// # Errors
 /// When the machine has none.
@@ -199,7 +203,9 @@ pub fn free_ports<const N: usize>() -> Result<[u16; N]> {
     let mut ports = [0; N];
     let mut held = Vec::with_capacity(N);
     for port in &mut ports {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let mut tries = (0..1000).map(|_| rand::rng().random_range(PORTS));
+        let listener = tries.find_map(|port| TcpListener::bind(("127.0.0.1", port)).ok());
+        let listener = listener.context("no loopback port is free")?;
         *port = listener.local_addr()?.port();
         held.push(listener);
     }

@@ -25,7 +25,7 @@ use super::{backup, checkpoint, cordon, heartbeat, scratch, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
 use crate::cluster::{self, Events};
-use crate::imageio::{self, ImageServer, Tickets};
+use crate::imageio::{self, BindError, ImageServer, Tickets};
 use crate::libvirt::{self, Libvirt, Notice};
 
 /// How often the inventory is read although libvirt said nothing.
@@ -36,6 +36,9 @@ const REMEMBERED: SignedDuration = SignedDuration::from_secs(60);
 
 /// Every how many rounds each backup's object is asked for, although nothing was heard of it.
 const DOUBT: u64 = 12;
+
+/// How often an address is tried that is in use.
+const LISTEN: Duration = Duration::from_millis(200);
 
 /// How often served ranges are stored.
 const STORE: Duration = Duration::from_secs(5);
@@ -79,8 +82,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         unix_socket: Some(config.unix_socket()),
         ..imageio::Config::default()
     };
-    let server = ImageServer::bind(listen, tickets).await?;
-    tracing::info!(node = config.node_name, addresses = ?server.addresses(), "image server listens");
 
     let mine = watcher::Config::default().fields(&format!("status.nodeName={}", config.node_name));
     let settings = || ControllerConfig::default().concurrency(16);
@@ -141,7 +142,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     };
 
     tokio::select! {
-        () = server.serve(stop.clone()) => {}
+        served = serve_images(listen, &tickets, &stop) => served?,
         () = inventory => {}
         () = keeper => {}
         () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds) => {}
@@ -152,6 +153,32 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     }
     keep(&context, false).await;
     Ok(())
+}
+
+/// Serves images until `stop`. An address that another process still has is waited for, while everything else goes on: a
+/// guest may have to be thawed.
+async fn serve_images(
+    listen: imageio::Config,
+    tickets: &Tickets,
+    stop: &CancellationToken,
+) -> Result<(), BindError> {
+    let mut told = false;
+    loop {
+        match ImageServer::bind(listen.clone(), tickets.clone()).await {
+            Ok(server) => {
+                tracing::info!(addresses = ?server.addresses(), "image server listens");
+                server.serve(stop.clone()).await;
+                return Ok(());
+            }
+            Err(error) if error.is_in_use() => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "the address is in use: the image server waits for it");
+                }
+                tokio::time::sleep(LISTEN).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Takes up what an earlier process of this agent left: its backups, and their tickets, so that a reader

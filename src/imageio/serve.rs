@@ -116,6 +116,18 @@ pub enum BindError {
     },
 }
 
+impl BindError {
+    /// Whether the address is another process's for now: a predecessor's that is on its way out, say.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        match self {
+            BindError::Tcp { source, .. } => source.kind() == io::ErrorKind::AddrInUse,
+            BindError::InUse { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// A server that listens.
 #[derive(Debug)]
 pub struct ImageServer {

@@ -3,16 +3,16 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context as _, Result, bail};
 use rand::Rng as _;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::cache;
 use crate::daemon::Daemon;
+use crate::golang;
 use crate::kubectl::Kubectl;
 use crate::pki::Pki;
 use crate::wait::wait_until;
@@ -59,15 +59,7 @@ fn build(name: &str, tools: &[(&str, &str)], time: &str) -> Result<PathBuf> {
         let flags =
             format!("-s -w -X {base}.gitVersion={VERSION} -X {base}.gitMajor=1 -X {base}.gitMinor=37");
         for (name, package) in tools {
-            let built = Command::new("go")
-                .args(["build", "-trimpath", "-ldflags", &flags, "-o", name, package])
-                .env("CGO_ENABLED", "0")
-                .current_dir(dir)
-                .status()
-                .context("go cannot be run: install Go 1.26 from https://go.dev/dl")?;
-            if !built.success() {
-                bail!("go build of {name} failed");
-            }
+            golang::build(dir, name, package, &flags)?;
         }
         Ok(())
     })

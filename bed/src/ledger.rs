@@ -108,7 +108,9 @@ impl Ledger {
     /// When it cannot be written.
     pub fn add(&self, process: &Process) -> Result<()> {
         let mut file: File = OpenOptions::new().create(true).append(true).open(&self.path)?;
-        writeln!(file, "{}", serde_json::to_string(process)?).context("the ledger cannot be written")
+        // in one write: hypervisors and control plane start side by side, and their lines must not mix
+        let line = serde_json::to_string(process)? + "\n";
+        file.write_all(line.as_bytes()).context("the ledger cannot be written")
     }
 
     /// Every process of the ledger, in the order in which they were added.
@@ -152,5 +154,18 @@ mod tests {
         let this = Process::find(std::process::id(), "this (test) :)", false).unwrap();
         ledger.add(&this).unwrap();
         assert_eq!(ledger.processes(), vec![this]);
+    }
+
+    #[test]
+    fn lines_that_are_added_at_once_do_not_mix() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::of(dir.path());
+        let this = Process::find(std::process::id(), "this", false).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| ledger.add(&this).unwrap()));
+            }
+        });
+        assert_eq!(ledger.processes().len(), 2000, "what is not in the ledger is never ended");
     }
 }

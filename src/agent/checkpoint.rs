@@ -9,7 +9,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _, ResourceExt as _};
 
 use super::{AgentError, Context};
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation, Truth};
 use crate::api::{self, CheckpointDiskStatus, Phase, VmCheckpoint, VmCheckpointStatus};
 use crate::clock;
 use crate::cluster;
@@ -80,12 +80,13 @@ fn status(
         true => Vec::new(),
         false => checkpoint.spec.disks.iter().map(|disk| failed(&disk.target)).collect(),
     };
+    let seen = Observation { generation, now: clock::now() };
+    conditions::lasting(&mut new.conditions, new.phase, because, seen);
     let mut set = |kind, truth| {
         let (reason, message) = (because.reason.as_str(), because.shown());
-        conditions::set(&mut new.conditions, kind, truth, reason, &message, generation, clock::now());
+        conditions::set(&mut new.conditions, kind, truth, reason, &message, generation, seen.now);
     };
     set(conditions::USABLE, Truth::False);
-    set(conditions::READY, Truth::False);
     set(conditions::HOST_CLEAN, if clean { Truth::True } else { Truth::False });
     new
 }

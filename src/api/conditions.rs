@@ -97,24 +97,81 @@ pub struct Observation {
     pub now: Timestamp,
 }
 
+/// How an object stands: what Ready, Reconciling and Stalled, which every kind has, say together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Nothing can be used yet.
+    OnItsWay,
+    /// It can be used, and is not done.
+    InUse,
+    /// As it should be.
+    Good,
+    /// It stays as it is until somebody outside does something, and no time runs: a VM that is off.
+    Idle,
+    /// Failed for good.
+    Stuck,
+}
+
+impl Standing {
+    /// Of an object that is done when it succeeded.
+    fn of_one_shot(phase: Phase) -> Self {
+        match phase {
+            Phase::Initializing | Phase::Finalizing => Self::OnItsWay,
+            Phase::Ready => Self::InUse,
+            Phase::Succeeded => Self::Good,
+            Phase::Failed | Phase::Cancelled => Self::Stuck,
+        }
+    }
+
+    /// Of an object that is there to stay.
+    fn of_lasting(phase: Phase) -> Self {
+        match phase {
+            Phase::Ready => Self::Good,
+            phase => Self::of_one_shot(phase),
+        }
+    }
+}
+
+/// Sets Ready, Reconciling and Stalled.
+pub fn stand(
+    conditions: &mut Vec<Condition>,
+    standing: Standing,
+    reason: &str,
+    message: &str,
+    seen: Observation,
+) {
+    for (kind, holds) in [
+        (READY, matches!(standing, Standing::Good | Standing::InUse)),
+        (RECONCILING, matches!(standing, Standing::OnItsWay | Standing::InUse)),
+        (STALLED, standing == Standing::Stuck),
+    ] {
+        let truth = if holds { Truth::True } else { Truth::False };
+        set(conditions, kind, truth, reason, message, seen.generation, seen.now);
+    }
+}
+
+/// The conditions of an object that is there to stay, which follow from its phase.
+pub fn lasting(conditions: &mut Vec<Condition>, phase: Phase, because: &Because, seen: Observation) {
+    stand(conditions, Standing::of_lasting(phase), because.reason.as_str(), &because.shown(), seen);
+}
+
 /// The four conditions of a one-shot object, which follow from its phase: Ready while it can be read and
 /// after success, Reconciling until its end, Stalled when it ended otherwise, Succeeded once it did.
 pub fn one_shot(conditions: &mut Vec<Condition>, phase: Phase, because: &Because, seen: Observation) {
-    let truth = |holds: bool| if holds { Truth::True } else { Truth::False };
-    let ended_otherwise = matches!(phase, Phase::Failed | Phase::Cancelled);
+    let (reason, message) = (because.reason.as_str(), because.shown());
+    stand(conditions, Standing::of_one_shot(phase), reason, &message, seen);
     let succeeded = match phase {
         Phase::Succeeded => Truth::True,
-        _ if ended_otherwise => Truth::False,
+        Phase::Failed | Phase::Cancelled => Truth::False,
         _ => Truth::Unknown,
     };
-    let (reason, message) = (because.reason.as_str(), because.shown());
-    for (kind, truth) in [
-        (READY, truth(matches!(phase, Phase::Ready | Phase::Succeeded))),
-        (RECONCILING, truth(!phase.is_terminal())),
-        (STALLED, truth(ended_otherwise)),
-        (SUCCEEDED, succeeded),
-    ] {
-        set(conditions, kind, truth, reason, &message, seen.generation, seen.now);
+    set(conditions, SUCCEEDED, succeeded, reason, &message, seen.generation, seen.now);
+}
+
+/// The spec of an object that has ended was changed: what is said of it holds for the new one too.
+pub fn reaffirm(conditions: &mut [Condition], generation: Option<i64>) {
+    for condition in conditions {
+        condition.observed_generation = generation;
     }
 }
 

@@ -33,6 +33,7 @@ pub use transfer::{
     Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, Protocol, TransferFormat,
 };
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSON};
 use serde::{Deserialize, Serialize};
 
 /// The API group of every kind.
@@ -99,14 +100,26 @@ pub enum DesiredState {
 }
 
 /// Every CRD of this group, in the order in which they are applied.
-pub fn crds()
--> Vec<k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition> {
+pub fn crds() -> Vec<CustomResourceDefinition> {
     use kube::CustomResourceExt;
     vec![
-        VmBackup::crd(),
-        VmCheckpoint::crd(),
-        ImageTransfer::crd(),
-        LibvirtDomain::crd(),
+        unseen(VmBackup::crd()),
+        unseen(VmCheckpoint::crd()),
+        unseen(ImageTransfer::crd()),
+        unseen(LibvirtDomain::crd()),
         DomainSighting::crd(),
     ]
+}
+
+/// Gives a new object a status that answers no generation, until a controller has looked at it. kstatus calls an
+/// object without a status done, and whoever applied it would go on at once.
+fn unseen(mut crd: CustomResourceDefinition) -> CustomResourceDefinition {
+    for version in &mut crd.spec.versions {
+        let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
+        let properties = schema.and_then(|schema| schema.properties.as_mut());
+        if let Some(status) = properties.and_then(|properties| properties.get_mut("status")) {
+            status.default = Some(JSON(serde_json::json!({"observedGeneration": -1})));
+        }
+    }
+    crd
 }

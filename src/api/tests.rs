@@ -1,8 +1,13 @@
-//! The CEL rules, run without an API server: what is refused at creation, and what must not change.
+//! The CEL rules, run without an API server: what is refused at creation, and what must not change. And what the
+//! conditions of each phase are.
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::conditions::Observation;
 use super::*;
+use crate::reason::{Because, Reason};
 
 fn backup(name: &str, spec: Value) -> VmBackup {
     let metadata = json!({"name": name, "namespace": "vms"});
@@ -113,5 +118,43 @@ fn every_reason_says_what_it_means_and_what_to_do() {
     for reason in Reason::ALL {
         assert!(!reason.meaning().is_empty() && !reason.next_step().is_empty(), "{reason}");
         assert!(reason.as_str().chars().all(char::is_alphanumeric), "{reason} is CamelCase");
+    }
+}
+
+/// kstatus calls an object without a status, and one without a condition that it knows, done.
+#[test]
+fn an_object_that_nobody_has_looked_at_is_not_done() {
+    for crd in crds() {
+        for version in &crd.spec.versions {
+            let schema = version.schema.as_ref().and_then(|schema| schema.open_api_v3_schema.as_ref());
+            let properties = schema.and_then(|schema| schema.properties.as_ref()).unwrap();
+            let default = properties.get("status").map(|status| status.default.clone().unwrap().0);
+            let expected =
+                (crd.spec.names.kind != "DomainSighting").then(|| json!({"observedGeneration": -1}));
+            assert_eq!(default, expected, "{}", crd.spec.names.kind);
+        }
+    }
+}
+
+#[test]
+fn what_lasts_is_done_when_it_is_ready_and_what_is_one_shot_when_it_succeeded() {
+    let said = |say: fn(&mut Vec<Condition>, Phase, &Because, Observation), phase| {
+        let mut conditions = Vec::new();
+        let because = Because::new(Reason::Pending, "");
+        let seen = Observation { generation: Some(1), now: Timestamp::UNIX_EPOCH };
+        say(&mut conditions, phase, &because, seen);
+        [conditions::READY, conditions::RECONCILING, conditions::STALLED]
+            .map(|kind| conditions::is_true(&conditions, kind))
+    };
+    for (phase, lasting, one_shot) in [
+        (Phase::Initializing, [false, true, false], [false, true, false]),
+        (Phase::Ready, [true, false, false], [true, true, false]),
+        (Phase::Finalizing, [false, true, false], [false, true, false]),
+        (Phase::Succeeded, [true, false, false], [true, false, false]),
+        (Phase::Failed, [false, false, true], [false, false, true]),
+        (Phase::Cancelled, [false, false, true], [false, false, true]),
+    ] {
+        assert_eq!(said(conditions::lasting, phase), lasting, "{phase:?}");
+        assert_eq!(said(conditions::one_shot, phase), one_shot, "{phase:?}");
     }
 }

@@ -11,7 +11,7 @@ use kube::{Api, ResourceExt as _};
 use super::backup::resolve::NodeHealth;
 use super::context::{Parting, is_host_clean, parting};
 use super::{Context, OperatorError};
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation, Truth};
 use crate::api::{self, DomainState, LibvirtDomain, Phase, VmBackup, VmCheckpoint, VmCheckpointStatus};
 use crate::clock;
 use crate::cluster;
@@ -42,24 +42,22 @@ pub async fn make_usable(
         return Ok(());
     }
     let because = Because::new(Reason::BackupSucceeded, "its backup succeeded with every byte read");
-    let new = describe(&seen, Phase::Ready, true, &because, checkpoint.metadata.generation, now);
+    let new = describe(&seen, Phase::Ready, &because, checkpoint.metadata.generation, now);
     write(api, checkpoint, &seen, new).await
 }
 
 fn describe(
     old: &VmCheckpointStatus,
     phase: Phase,
-    usable: bool,
     because: &Because,
     generation: Option<i64>,
     now: Timestamp,
 ) -> VmCheckpointStatus {
     let mut new = VmCheckpointStatus { phase, observed_generation: generation, ..old.clone() };
-    let truth = if usable { Truth::True } else { Truth::False };
-    for kind in [conditions::READY, conditions::USABLE] {
-        let (reason, message) = (because.reason.as_str(), because.shown());
-        conditions::set(&mut new.conditions, kind, truth, reason, &message, generation, now);
-    }
+    conditions::lasting(&mut new.conditions, phase, because, Observation { generation, now });
+    let usable = if phase == Phase::Ready { Truth::True } else { Truth::False };
+    let (kind, reason, message) = (conditions::USABLE, because.reason.as_str(), because.shown());
+    conditions::set(&mut new.conditions, kind, usable, reason, &message, generation, now);
     new
 }
 
@@ -97,7 +95,7 @@ pub async fn reconcile(
         let replaced = domain.is_some_and(|domain| domain.spec.uuid != checkpoint.spec.vm_uuid);
         if replaced && is_usable(&checkpoint) {
             let because = Because::new(Reason::VmReplaced, "another VM has the name now");
-            let new = describe(&old, Phase::Failed, false, &because, checkpoint.metadata.generation, now);
+            let new = describe(&old, Phase::Failed, &because, checkpoint.metadata.generation, now);
             write(&api, &checkpoint, &old, new).await?;
             context.events.tell(&*checkpoint, true, "Check", &because).await;
         }
@@ -113,7 +111,7 @@ pub async fn reconcile(
         if let Some(running) = running.filter(|_| !gone) {
             let message = format!("VmBackup {running} of the VM runs: the bitmaps are removed when it ends");
             let because = Because::new(Reason::CheckpointBusy, message);
-            let new = describe(&old, Phase::Finalizing, false, &because, checkpoint.metadata.generation, now);
+            let new = describe(&old, Phase::Finalizing, &because, checkpoint.metadata.generation, now);
             write(&api, &checkpoint, &old, new).await?;
             return Ok(Requeue::requeue(Duration::from_secs(5)));
         }
@@ -122,7 +120,7 @@ pub async fn reconcile(
                 let because =
                     Because::new(Reason::Finalizing, format!("the agent of node {node} removes the bitmaps"));
                 let mut new =
-                    describe(&old, Phase::Finalizing, false, &because, checkpoint.metadata.generation, now);
+                    describe(&old, Phase::Finalizing, &because, checkpoint.metadata.generation, now);
                 new.node_name = Some(node);
                 write(&api, &checkpoint, &old, new).await?;
                 return Ok(Requeue::requeue(SAFETY_NET));

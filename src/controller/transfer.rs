@@ -67,6 +67,25 @@ fn describe(
     new
 }
 
+/// Ended, and its spec was changed since: that changes nothing, and is answered.
+fn reaffirmed(old: &ImageTransferStatus, generation: Option<i64>) -> ImageTransferStatus {
+    let mut new = ImageTransferStatus { observed_generation: generation, ..old.clone() };
+    conditions::reaffirm(&mut new.conditions, generation);
+    new
+}
+
+async fn replace(
+    api: &Api<ImageTransfer>,
+    transfer: &ImageTransfer,
+    new: ImageTransferStatus,
+) -> Result<(), OperatorError> {
+    let mut object = transfer.clone();
+    object.metadata.managed_fields = None;
+    object.status = Some(new);
+    cluster::replace_status(api, &object, api::OPERATOR).await?;
+    Ok(())
+}
+
 /// Brings one transfer as far as the operator can.
 ///
 /// # Errors
@@ -84,8 +103,15 @@ pub async fn reconcile(
     if transfer.metadata.deletion_timestamp.is_some() {
         return part(&transfer, &old, &api, &context).await;
     }
-    if old.phase.is_terminal() || old.node_name.is_some() {
-        return watch_node(&transfer, &old, &api, &context).await;
+    if old.phase.is_terminal() {
+        let new = reaffirmed(&old, transfer.metadata.generation);
+        if new != old {
+            replace(&api, &transfer, new).await?;
+        }
+        return Ok(Requeue::await_change());
+    }
+    if let Some(node) = &old.node_name {
+        return watch_node(&transfer, node, &old, &api, &context).await;
     }
     let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
     let newest = cluster::is_newest(&api, &*transfer);
@@ -115,10 +141,7 @@ pub async fn reconcile(
         } else {
             (*transfer).clone()
         };
-        let mut object = held;
-        object.metadata.managed_fields = None;
-        object.status = Some(new.clone());
-        cluster::replace_status(&api, &object, api::OPERATOR).await?;
+        replace(&api, &held, new.clone()).await?;
         tracing::info!(backup = new.backup_uid, transfer = transfer.uid(), disk = transfer.spec.disk, phase = ?new.phase, "transfer");
         if new.node_name.is_some() {
             killpoint::reached(Step::TransferBound);
@@ -131,20 +154,15 @@ pub async fn reconcile(
 /// Bound: its agent works. When the node is gone, the operator ends it.
 async fn watch_node(
     transfer: &ImageTransfer,
+    node: &str,
     old: &ImageTransferStatus,
     api: &Api<ImageTransfer>,
     context: &Context,
 ) -> Result<Requeue, OperatorError> {
-    let Some(node) = old.node_name.as_ref().filter(|_| !old.phase.is_terminal()) else {
-        return Ok(Requeue::await_change());
-    };
     if context.node_health(node).await? == NodeHealth::Gone {
         let because = Because::new(Reason::NodeLost, format!("node {node} is gone"));
         let new = describe(old, Phase::Failed, &because, transfer.metadata.generation, clock::now());
-        let mut object = transfer.clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(new);
-        cluster::replace_status(api, &object, api::OPERATOR).await?;
+        replace(api, transfer, new).await?;
         context.events.tell(transfer, true, "Transfer", &because).await;
     }
     Ok(Requeue::requeue(SAFETY_NET))

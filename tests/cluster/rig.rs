@@ -86,8 +86,13 @@ impl Rig {
     fn create(&self, resource: &'static str, kind: &str, name: &str, spec: &Value) -> Result<()> {
         let object = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": kind,
             "metadata": {"name": name, "namespace": VM_NAMESPACE}, "spec": spec});
-        self.made.borrow_mut().push((resource, name.to_owned()));
+        self.made(resource, name);
         self.bed.kubectl().run_with(&["create", "-f", "-"], &object.to_string()).map(drop)
+    }
+
+    /// Notes an object that is to be deleted when the test ends.
+    pub fn made(&self, resource: &'static str, name: &str) {
+        self.made.borrow_mut().push((resource, name.to_owned()));
     }
 
     /// Patches `spec.state`.

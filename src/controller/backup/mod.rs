@@ -127,10 +127,7 @@ async fn bind(
     }
     let named = checkpoint.map(|checkpoint| checkpoint.name_any());
     let new = status::bound(old, binding, named, held.metadata.generation, now);
-    let mut object = held.clone();
-    object.metadata.managed_fields = None;
-    object.status = Some(new);
-    let bound = cluster::replace_status(api, &object, api::OPERATOR).await?;
+    let bound = replace(api, &held, new).await?;
     tracing::info!(backup = bound.uid(), vm = bound.spec.vm, node = binding.node, "bound");
     killpoint::reached(Step::Bound);
     make_transfers(&bound, context).await
@@ -216,6 +213,10 @@ async fn finish(
     let namespace = backup.namespace().unwrap_or_default();
     settle(backup, old, false, context).await?;
     context.wake_vm(&namespace, &backup.spec.vm);
+    let reaffirmed = status::reaffirmed(old, backup.metadata.generation);
+    if reaffirmed != *old {
+        replace(&api(backup, context), backup, reaffirmed).await?;
+    }
     let now = clock::now();
     let (Some(ttl), Some(ended)) = (backup.spec.ttl_seconds_after_finished, &old.completion_time) else {
         return Ok(Requeue::await_change());
@@ -330,13 +331,21 @@ async fn write(
     if new == *old {
         return Ok(());
     }
-    let mut object = backup.clone();
-    object.metadata.managed_fields = None;
-    object.status = Some(new);
-    cluster::replace_status(api, &object, api::OPERATOR).await?;
+    replace(api, backup, new).await?;
     tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "{because}");
     context.events.tell(backup, warning, "Validate", because).await;
     Ok(())
+}
+
+async fn replace(
+    api: &Api<VmBackup>,
+    backup: &VmBackup,
+    new: VmBackupStatus,
+) -> Result<VmBackup, OperatorError> {
+    let mut object = backup.clone();
+    object.metadata.managed_fields = None;
+    object.status = Some(new);
+    Ok(cluster::replace_status(api, &object, api::OPERATOR).await?)
 }
 
 fn until(due: Timestamp, now: Timestamp) -> Duration {

@@ -65,6 +65,13 @@ pub fn failed(
     new
 }
 
+/// Ended, and its spec was changed since: that changes nothing, and is answered.
+pub fn reaffirmed(old: &VmBackupStatus, generation: Option<i64>) -> VmBackupStatus {
+    let mut new = VmBackupStatus { observed_generation: generation, ..old.clone() };
+    conditions::reaffirm(&mut new.conditions, generation);
+    new
+}
+
 fn describe(status: &mut VmBackupStatus, because: &Because, generation: Option<i64>, now: Timestamp) {
     status.observed_generation = generation;
     conditions::one_shot(&mut status.conditions, status.phase, because, Observation { generation, now });
@@ -85,5 +92,10 @@ mod tests {
         assert!(conditions::is_true(&ended.conditions, conditions::HOST_CLEAN));
         assert!(conditions::is_true(&ended.conditions, conditions::STALLED));
         assert!(!conditions::is_true(&ended.conditions, conditions::RECONCILING));
+        let later = reaffirmed(&ended, Some(2));
+        assert_eq!(later.observed_generation, Some(2), "kstatus would wait for ever");
+        assert!(later.conditions.iter().all(|condition| condition.observed_generation == Some(2)));
+        assert_eq!(later, reaffirmed(&later, Some(2)));
+        assert_eq!(ended, reaffirmed(&later, Some(1)), "and nothing else");
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 
-use crate::api::conditions::{self, Truth};
+use crate::api::conditions::{self, Observation, Standing, Truth};
 use crate::api::{BackupSupport, DomainSightingSpec, DomainState, LibvirtDomain, LibvirtDomainStatus};
 use crate::reason::Reason;
 
@@ -122,19 +122,22 @@ fn seen_status(
         disks: sighting.disks.clone(),
         ..old.clone()
     };
-    let (truth, reason, message) = match (sighting.state, supported) {
-        (_, 0) => (Truth::False, Reason::DiskNotSupported.as_str(), "it has no disk that can be backed up"),
-        (DomainState::Running | DomainState::Paused, _) => {
-            (Truth::True, "Running", "a backup of it can start")
+    let (standing, reason, message) = match (sighting.state, supported) {
+        (_, 0) => {
+            (Standing::Stuck, Reason::DiskNotSupported.as_str(), "it has no disk that can be backed up")
         }
-        (DomainState::Off, _) => (Truth::False, Reason::VmNotRunning.as_str(), "it is off"),
+        (DomainState::Running | DomainState::Paused, _) => {
+            (Standing::Good, "Running", "a backup of it can start")
+        }
+        (DomainState::Off, _) => (Standing::Idle, Reason::VmNotRunning.as_str(), "it is off"),
         _ => (
-            Truth::False,
+            Standing::OnItsWay,
             Reason::VmBusy.as_str(),
             "it is starting, stopping, migrating or paused by an error",
         ),
     };
-    conditions::set(&mut new.conditions, conditions::READY, truth, reason, message, generation, now);
+    conditions::stand(&mut new.conditions, standing, reason, message, Observation { generation, now });
+    new.conditions.retain(|condition| condition.type_ != MISSING);
     new
 }
 
@@ -151,9 +154,11 @@ fn unseen_status(
         (DomainState::Missing, Reason::VmNotFound, "no node's libvirt knows it any more")
     };
     let mut new = LibvirtDomainStatus { state: Some(state), observed_generation: generation, ..old.clone() };
-    let kind = conditions::READY;
-    conditions::set(&mut new.conditions, kind, Truth::False, reason.as_str(), message, generation, now);
-    if state == DomainState::Missing {
+    let seen = Observation { generation, now };
+    conditions::stand(&mut new.conditions, Standing::Stuck, reason.as_str(), message, seen);
+    if state == DomainState::NodeLost {
+        new.conditions.retain(|condition| condition.type_ != MISSING);
+    } else {
         // a time of its own, so that the grace counts from here although Ready was False before
         let why = reason.as_str();
         conditions::set(&mut new.conditions, MISSING, Truth::True, why, message, generation, now);
@@ -274,6 +279,37 @@ mod tests {
         assert_eq!(world.len(), 1);
         round(&mut world, &[], &[], 70);
         assert!(world.is_empty());
+    }
+
+    #[test]
+    fn a_vm_that_comes_back_has_the_whole_grace_when_it_goes_again() {
+        let mut world = vec![];
+        let seen = [sighting("node-a", A, "db01", DomainState::Off)];
+        round(&mut world, &seen, &[], 1);
+        round(&mut world, &[], &[], 10);
+        round(&mut world, &seen, &[], 11);
+        let status = world[0].status.as_ref().unwrap();
+        assert!(conditions::get(&status.conditions, MISSING).is_none(), "it is there");
+        round(&mut world, &[], &[], 100);
+        assert_eq!(holder(&world, "db01"), Some(("node-a", DomainState::Missing)));
+    }
+
+    #[test]
+    fn what_waiting_cannot_mend_is_stalled_and_a_vm_that_is_off_is_neither() {
+        let disk = serde_json::json!({"target": "vda", "format": "qcow2", "backup": "Incremental"});
+        let disk: crate::api::DomainDisk = serde_json::from_value(disk).unwrap();
+        let said = |state, disks: &[crate::api::DomainDisk]| {
+            let sighting = DomainSightingSpec { disks: disks.to_vec(), ..sighting("n", A, "db01", state) };
+            let status = seen_status(&LibvirtDomainStatus::default(), &sighting, Some(1), at(1));
+            [conditions::READY, conditions::RECONCILING, conditions::STALLED]
+                .map(|kind| conditions::is_true(&status.conditions, kind))
+        };
+        let disks = [disk];
+        assert_eq!(said(DomainState::Running, &disks), [true, false, false]);
+        assert_eq!(said(DomainState::Paused, &disks), [true, false, false]);
+        assert_eq!(said(DomainState::Busy, &disks), [false, true, false]);
+        assert_eq!(said(DomainState::Off, &disks), [false, false, false]);
+        assert_eq!(said(DomainState::Running, &[]), [false, false, true]);
     }
 
     #[test]

@@ -140,7 +140,7 @@ fn an_object_that_nobody_has_looked_at_is_not_done() {
 fn what_lasts_is_done_when_it_is_ready_and_what_is_one_shot_when_it_succeeded() {
     let said = |say: fn(&mut Vec<Condition>, Phase, &Because, Observation), phase| {
         let mut conditions = Vec::new();
-        let because = Because::new(Reason::Pending, "");
+        let because = Because::new(Reason::Bound, "");
         let seen = Observation { generation: Some(1), now: Timestamp::UNIX_EPOCH };
         say(&mut conditions, phase, &because, seen);
         [conditions::READY, conditions::RECONCILING, conditions::STALLED]

@@ -1,6 +1,9 @@
-//! The tables of `docs/` that say what the code says: reasons and restarts. Pure: `generate` puts them in.
+//! The tables of `docs/` that say what the code says: reasons and restarts, and in what the image server differs from
+//! ovirt-imageio. Pure: `generate` puts them in.
 
 use std::fmt::Write as _;
+
+use serde::Deserialize;
 
 use crate::reason::{Reason, Retry};
 use crate::step::Step;
@@ -40,6 +43,30 @@ fn restarts() -> String {
     table
 }
 
+/// What readers are told of a deliberate difference; the rest of it is for `tests/conformance`.
+#[derive(Deserialize)]
+struct Difference {
+    id: String,
+    what: String,
+    stock: String,
+    ours: String,
+    why: String,
+}
+
+/// The table of deliberate differences from ovirt-imageio, from the text of `tests/conformance/differences.yaml`.
+///
+/// # Errors
+/// When the text is no list of them.
+pub fn conformance(differences: &str) -> Result<String, serde_saphyr::Error> {
+    let differences: Vec<Difference> = serde_saphyr::from_str(differences)?;
+    let mut table = "| Difference | ovirt-imageio 2.5.1 | Virtmark | Why |\n|---|---|---|---|\n".to_owned();
+    for Difference { id, what, stock, ours, why } in differences {
+        // writing to a String does not fail
+        let _ = writeln!(table, "| {what} (`{id}`) | {stock} | {ours} | {why} |");
+    }
+    Ok(table)
+}
+
 /// `page` with `table` between its marks; `None` when it has none.
 pub fn put(page: &str, table: &str) -> Option<String> {
     let (before, rest) = page.split_once(MARKS.0)?;
@@ -62,7 +89,9 @@ mod tests {
 
     #[test]
     fn no_cell_breaks_its_row() {
-        for (name, table) in all() {
+        let differences = include_str!("../tests/conformance/differences.yaml");
+        let conformance = ("conformance", conformance(differences).unwrap());
+        for (name, table) in all().into_iter().chain([conformance]) {
             let columns = |line: &str| line.matches('|').count();
             let expected = table.lines().next().map(columns);
             assert!(table.lines().all(|line| Some(columns(line)) == expected), "{name}");

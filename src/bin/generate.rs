@@ -9,6 +9,9 @@ use serde::Serialize;
 use serde_saphyr::SerializerOptions;
 use virtmark::{access, api, tables};
 
+/// In what the image server differs from ovirt-imageio on purpose.
+const DIFFERENCES: &str = "tests/conformance/differences.yaml";
+
 const MARK: &str = "# made by `cargo run --bin generate`\n";
 
 /// Where operator and agents live.
@@ -23,7 +26,9 @@ fn main() -> anyhow::Result<ExitCode> {
         let documents = objects.iter().map(yaml).collect::<anyhow::Result<Vec<_>>>()?;
         made.push((format!("deploy/{name}.yaml"), format!("{MARK}{}", documents.join("---\n"))));
     }
-    for (name, table) in tables::all() {
+    let differences = fs::read_to_string(DIFFERENCES).with_context(|| format!("{DIFFERENCES} is missing"))?;
+    let conformance = ("conformance", tables::conformance(&differences).context(DIFFERENCES)?);
+    for (name, table) in tables::all().into_iter().chain([conformance]) {
         let path = format!("docs/{name}.md");
         let page = fs::read_to_string(&path).with_context(|| format!("{path} is missing"))?;
         let page =

@@ -6,6 +6,7 @@
 
 use hyper::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE, TRANSFER_ENCODING};
 use hyper::{HeaderMap, Method, StatusCode, Uri};
+use percent_encoding::percent_decode_str;
 
 use super::wire::{self, Range, Refusal};
 
@@ -25,8 +26,6 @@ pub enum Op {
         ticket: String,
         /// All when absent.
         range: Option<Range>,
-        /// The connection is closed after it (`close=y`).
-        close: bool,
     },
     /// `GET /images/ID/extents`; the context is checked after the ticket, as imageio does.
     Extents {
@@ -55,11 +54,22 @@ enum Resource {
     Info,
 }
 
+/// Methods that are known, whether a resource has them or not.
+const METHODS: [&str; 7] = ["OPTIONS", "GET", "PUT", "PATCH", "POST", "DELETE", "HEAD"];
+
 /// The operation of a request.
 pub fn route(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Op, Refusal> {
-    let resource = resource(uri.path())?;
+    let resource = resource(uri.path());
+    if !METHODS.contains(&method.as_str()) {
+        return Err(refuse_method(format!("Invalid method '{method}'"), resource.as_ref().ok()));
+    }
+    let resource = resource?;
     let query = uri.query();
     match (method.as_str(), resource) {
+        ("OPTIONS" | "GET" | "PUT" | "PATCH", Resource::Image(ticket)) if ticket.is_empty() => {
+            Err(no_ticket())
+        }
+        ("GET", Resource::Extents(ticket)) if ticket.is_empty() => Err(no_ticket()),
         ("OPTIONS", Resource::Image(ticket)) if ticket == "*" => Ok(Op::ServerOptions),
         ("OPTIONS", Resource::Image(ticket)) => Ok(Op::Options { ticket }),
         ("GET", Resource::Image(ticket)) => {
@@ -71,7 +81,7 @@ pub fn route(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Op, Refu
                     "Unsupported range: send one Range",
                 ));
             }
-            Ok(Op::Read { ticket, range, close: wire::query_value(query, "close").as_deref() == Some("y") })
+            Ok(Op::Read { ticket, range })
         }
         ("GET", Resource::Extents(ticket)) => {
             Ok(Op::Extents { ticket, context: wire::query_value(query, "context") })
@@ -82,22 +92,29 @@ pub fn route(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Op, Refu
             Ok(Op::Write { ticket })
         }
         ("PATCH", Resource::Image(ticket)) => Ok(Op::Patch { ticket }),
-        (method, resource) => Err(refuse_method(method, &resource)),
+        (_, resource) => {
+            let message = format!("Method '{method}' not defined for this resource");
+            Err(refuse_method(message, Some(&resource)))
+        }
     }
+}
+
+/// The client asks that the connection is closed after the answer, whatever it is (`close=y`).
+#[must_use]
+pub fn asks_to_close(method: &Method, uri: &Uri) -> bool {
+    matches!(*method, Method::GET | Method::PUT)
+        && wire::query_value(uri.query(), "close").as_deref() == Some("y")
+        && matches!(resource(uri.path()), Ok(Resource::Image(ticket)) if !ticket.is_empty())
 }
 
 fn resource(path: &str) -> Result<Resource, Refusal> {
     let not_found = |message: &str| Refusal::new(StatusCode::NOT_FOUND, message);
-    let path = wire::percent_decode(path)
-        .ok_or_else(|| Refusal::bad_request("Invalid percent encoding in the path"))?;
+    let path = percent_decode_str(path).decode_utf8_lossy();
     if path == "/info/" {
         return Ok(Resource::Info);
     }
     let image = path.strip_prefix("/images/").ok_or_else(|| not_found("No handler for this path"))?;
     let (ticket, rest) = image.split_once('/').map_or((image, None), |(ticket, rest)| (ticket, Some(rest)));
-    if ticket.is_empty() {
-        return Err(Refusal::bad_request("Ticket id is required"));
-    }
     match rest {
         None => Ok(Resource::Image(ticket.to_owned())),
         Some("extents") => Ok(Resource::Extents(ticket.to_owned())),
@@ -108,33 +125,28 @@ fn resource(path: &str) -> Result<Resource, Refusal> {
     }
 }
 
+fn no_ticket() -> Refusal {
+    Refusal::bad_request("Ticket id is required")
+}
+
 fn check_put(query: Option<&str>, headers: &HeaderMap) -> Result<(), Refusal> {
-    if let Some(flush) =
-        wire::query_value(query, "flush").filter(|flush| !matches!(flush.as_str(), "y" | "n"))
-    {
-        drop(flush);
-        return Err(Refusal::bad_request("Invalid value for \"flush\": use y or n"));
-    }
     // That it is a number was checked when the request was read.
     if headers.contains_key(TRANSFER_ENCODING) || !headers.contains_key(CONTENT_LENGTH) {
         return Err(Refusal::bad_request("Content-Length header is required"));
     }
     headers.get(CONTENT_RANGE).map(|value| wire::content_range(value.as_bytes())).transpose()?;
-    Ok(())
+    match wire::query_value(query, "flush").as_deref() {
+        None | Some("y" | "n") => Ok(()),
+        Some(_) => Err(Refusal::bad_request("Invalid value for \"flush\": use y or n")),
+    }
 }
 
-fn refuse_method(method: &str, resource: &Resource) -> Refusal {
-    let allow = match resource {
+fn refuse_method(message: String, resource: Option<&Resource>) -> Refusal {
+    let allow = resource.map(|resource| match resource {
         Resource::Image(_) => "OPTIONS,GET,PUT,PATCH",
         Resource::Extents(_) | Resource::Info => "GET",
-    };
-    let known = matches!(method, "OPTIONS" | "GET" | "PUT" | "PATCH" | "POST" | "DELETE" | "HEAD");
-    let message = if known {
-        format!("Method '{method}' not defined for this resource")
-    } else {
-        format!("Invalid method '{method}'")
-    };
-    Refusal { allow: Some(allow), ..Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message) }
+    });
+    Refusal { allow, ..Refusal::new(StatusCode::METHOD_NOT_ALLOWED, message) }
 }
 
 #[cfg(test)]
@@ -157,11 +169,11 @@ mod tests {
         assert_eq!(ask("OPTIONS", "/images/ID", &[]), Ok(Op::Options { ticket: ticket() }));
         assert_eq!(ask("OPTIONS", "/images/*", &[]), Ok(Op::ServerOptions));
         assert_eq!(ask("GET", "/info/", &[]), Ok(Op::Info));
-        let read = |range, close| Ok(Op::Read { ticket: ticket(), range, close });
-        assert_eq!(ask("GET", "/images/ID?close=n&close=y&x=1", &[]), read(None, true));
+        let read = |range| Ok(Op::Read { ticket: ticket(), range });
+        assert_eq!(ask("GET", "/images/ID?close=n&close=y&x=1", &[]), read(None));
         assert_eq!(
             ask("GET", "/images/%49D", &[("range", "bytes=1-")]),
-            read(Some(Range { first: 1, last: None }), false)
+            read(Some(Range { first: 1, last: None }))
         );
         let extents =
             |context: Option<&str>| Ok(Op::Extents { ticket: ticket(), context: context.map(str::to_owned) });
@@ -176,6 +188,21 @@ mod tests {
     }
 
     #[test]
+    fn only_reads_and_writes_of_a_disk_close_when_asked() {
+        for (method, uri, closes) in [
+            ("GET", "/images/ID?close=n&close=y", true),
+            ("PUT", "/images/ID?%63lose=y", true),
+            ("GET", "/images/ID?close=y&close", false),
+            ("GET", "/images/?close=y", false),
+            ("GET", "/images/ID/extents?close=y", false),
+            ("PATCH", "/images/ID?close=y", false),
+        ] {
+            let method = Method::from_bytes(method.as_bytes()).unwrap();
+            assert_eq!(asks_to_close(&method, &uri.parse().unwrap()), closes, "{method} {uri}");
+        }
+    }
+
+    #[test]
     fn the_rest_is_refused() {
         for (method, uri, headers, status) in [
             ("GET", "/", &[][..], 404),
@@ -186,8 +213,8 @@ mod tests {
             ("GET", "/images/ID/", &[], 404),
             ("GET", "/images/ID/extentsfoo", &[], 404),
             ("GET", "/images/ID/checksum", &[], 404),
-            ("GET", "/images/%zz", &[], 400),
-            ("GET", "/images/%ff", &[], 400),
+            ("POST", "/images/", &[], 405),
+            ("FOO", "/nothing", &[], 405),
             ("HEAD", "/images/ID", &[], 405),
             ("POST", "/images/ID", &[], 405),
             ("FOO", "/images/ID", &[], 405),

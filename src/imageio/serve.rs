@@ -40,8 +40,8 @@ const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// Longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
-/// Most headers of a request.
-const MAX_HEADERS: usize = 64;
+/// Most headers of a request, as in imageio.
+const MAX_HEADERS: usize = 99;
 /// hyper's buffers; bodies are held back by [`super::connection`] before they are full.
 const MAX_BUFFER: usize = 512 << 10;
 /// Connections waiting to be accepted.
@@ -293,6 +293,8 @@ impl Shared {
             .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD)
             .max_buf_size(MAX_BUFFER)
+            // A client that has said all it wants to say is answered still.
+            .half_close(true)
             .serve_connection(socket, service_fn(move |request| Arc::clone(&service).answer(request)));
         let mut served = std::pin::pin!(served);
         let cut = tokio::select! {

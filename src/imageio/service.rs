@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use super::body::{Answer, ExtentsBody, ImageBody, Running, chain};
 use super::connection::Connection;
-use super::route::{Op, route};
+use super::route::{Op, asks_to_close, route};
 use super::ticket::{Denied, Ticket};
 use super::tickets::{Operation, Slot, Tickets};
 use super::wire::{self, Context, ExtentsJson, Options, Range, Refusal};
@@ -72,7 +72,7 @@ impl Service {
             },
             Ok(op) => self.perform(op).await,
         };
-        let mut close = unread;
+        let mut close = unread || asks_to_close(&head.method, &head.uri);
         let mut response = match answered {
             Ok(response) => response,
             Err(failure) => {
@@ -90,6 +90,8 @@ impl Service {
         headers.extend(cors);
         if close {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            // Else hyper adds `keep-alive` for a client of HTTP/1.0 that asked for it.
+            *response.version_mut() = head.version;
         }
         Ok(response)
     }
@@ -104,7 +106,7 @@ impl Service {
                 self.connection.finished(operation);
                 answer
             }
-            Op::Read { ticket, range, close } => self.read(&ticket, range, close).await,
+            Op::Read { ticket, range } => self.read(&ticket, range).await,
             Op::Extents { ticket, context } => self.extents(&ticket, context.as_deref()).await,
             Op::Write { ticket } | Op::Patch { ticket } => self.forbid_write(&ticket),
         }
@@ -120,7 +122,7 @@ impl Service {
         }
     }
 
-    async fn read(&self, id: &str, range: Option<Range>, close: bool) -> Result<Response<Answer>, Failure> {
+    async fn read(&self, id: &str, range: Option<Range>) -> Result<Response<Answer>, Failure> {
         let begun = Instant::now();
         let operation = self.begin(id)?;
         let ticket = Arc::clone(&operation.ticket);
@@ -156,9 +158,6 @@ impl Service {
         if range.is_some() {
             let bounds = format!("bytes {start}-{}/{size}", end - 1);
             builder = builder.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, bounds);
-        }
-        if close {
-            builder = builder.header(header::CONNECTION, "close");
         }
         let running = self.running(operation, slot, begun);
         Ok(built(builder, Answer::Image(Box::new(ImageBody::new(running, stream, first, start, end)))))
@@ -234,7 +233,7 @@ async fn open(kept: Option<Client>, ticket: &Ticket) -> Result<Client, NbdError>
 
 fn check_line(head: &hyper::http::request::Parts) -> Result<(), Refusal> {
     let target = head.uri.path_and_query().map_or(0, |target| target.as_str().len());
-    if head.method.as_str().len() + target + " HTTP/1.1".len() + 1 > wire::MAX_REQUEST_LINE {
+    if head.method.as_str().len() + " ".len() + target + " HTTP/1.1\r\n".len() > wire::MAX_REQUEST_LINE {
         return Err(Refusal::new(StatusCode::URI_TOO_LONG, "Request line is too long"));
     }
     Ok(())

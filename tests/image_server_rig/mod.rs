@@ -175,7 +175,7 @@ impl Raw {
 }
 
 /// A python with ovirt-imageio 2.5.1.
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     if let Some(python) = std::env::var_os("VIRTMARK_PYTHON") {
         return python.into();
     }

@@ -7,7 +7,7 @@
 //!   RUN/<backup uid>/          scratch images and the NBD socket, owned by the VM's QEMU
 //! ```
 //!
-//! Files are written whole, and believed only when they are the agent's own: see [`super::folder`]. There is no
+//! Files are written whole, and believed only when they are the agent's own: see `agent/folder.rs`. There is no
 //! fsync: a process that dies leaves what it wrote, and a host that dies takes QEMU, job and freeze along.
 //! Names come from uids that were checked first; nothing here follows a name from libvirt or a user, and a
 //! record that would lead elsewhere is none.

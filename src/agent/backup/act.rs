@@ -296,7 +296,8 @@ fn qemu_img(verb: &'static str, arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8
     if output.status.success() {
         return Ok(output.stdout);
     }
-    Err(failed(String::from_utf8_lossy(&output.stderr).trim().chars().take(512).collect()))
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(failed(said.trim().chars().take(512).map(|c| if c.is_control() { ' ' } else { c }).collect()))
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {

@@ -1,5 +1,6 @@
 # make demo   set everything up and back a running VM up, end to end; takes everything down
 # make test   set everything up and run all tests
+# make fuzz   hostile input, guided by coverage: N inputs for each target, or for TARGET (docs/hostile-input.md)
 # make up     a private cluster and hypervisor, left running for you to try your own YAML; make down ends it
 
 cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtmark
@@ -7,7 +8,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test up down build lint prerequisites
+.PHONY: demo test fuzz up down build lint prerequisites
 
 demo: build
 	$(bed) demo
@@ -30,6 +31,24 @@ lint: prerequisites
 	cargo clippy --locked --no-default-features --bin operator --bin generate -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
 	cargo run --locked --quiet --bin generate -- --check
+
+# libFuzzer on the stable toolchain: rustc's own LLVM has the instrumentation, libfuzzer-sys the rest
+N ?= 100000
+TARGET ?= $(notdir $(wildcard fuzz/corpus/*))
+fuzz_flags := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters \
+  pc-table trace-compares) --cfg fuzzing
+fuzz_target_dir := $(CARGO_TARGET_DIR)-fuzz
+fuzz_triple := $(shell rustc -vV | sed -n 's/^host: //p')
+
+# what is found new stays in the folder work, what breaks a property in the folder findings
+fuzz: prerequisites
+	cd fuzz && RUSTFLAGS="$(fuzz_flags)" CARGO_TARGET_DIR=$(fuzz_target_dir) \
+	  cargo build --locked --release --target $(fuzz_triple)
+	set -e; for target in $(TARGET); do echo "== $$target"; \
+	  mkdir -p $(fuzz_target_dir)/work/$$target $(fuzz_target_dir)/findings; \
+	  VIRTMARK_FUZZ=$$target $(fuzz_target_dir)/$(fuzz_triple)/release/virtmark-fuzz -runs=$(N) -max_len=4096 \
+	    -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 -artifact_prefix=$(fuzz_target_dir)/findings/$$target- \
+	    $(fuzz_target_dir)/work/$$target fuzz/corpus/$$target; done
 
 build: prerequisites
 	cargo build --locked --workspace

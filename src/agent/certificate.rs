@@ -4,15 +4,20 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use rustix::fs::Mode;
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 
 use super::config::Config;
+use super::folder::Folder;
 use crate::imageio::tls;
+
+/// Longest of its files that is read, in bytes.
+const MAX_PEM: usize = 64 << 10;
 
 /// What the server proves itself with, and the CA that clients are told.
 pub(super) struct Certificate {
@@ -34,19 +39,29 @@ impl Certificate {
         }
         let advertised = config.advertised();
         let host = advertised.rsplit_once(':').map_or(advertised.as_str(), |(host, _)| host);
-        let folder = config.state_dir.join("tls");
-        // another address needs another certificate
-        let current = fs::read_to_string(folder.join("host")).is_ok_and(|made_for| made_for == host);
-        if !current {
-            make(&folder, host, &config.node_name)?;
+        let path = config.state_dir.join("tls");
+        let folder = Folder::make(&path, Mode::RWXU).with_context(|| path.display().to_string())?;
+        match Self::kept(&folder, host) {
+            Some(kept) => Ok(kept),
+            None => {
+                tracing::info!(host, "a certificate of this agent's own is made");
+                make(&folder, host, &config.node_name)?;
+                Self::kept(&folder, host).context("the certificate that was just made cannot be used")
+            }
         }
-        let read = |name: &str| fs::read_to_string(folder.join(name));
-        let server = tls::server_config(read("tls.crt")?.as_bytes(), read("tls.key")?.as_bytes())?;
-        Ok(Self { server, ca: read("ca.crt")? })
+    }
+
+    /// The one that was made earlier for this host; another address, or files that were damaged, need another.
+    fn kept(folder: &Folder, host: &str) -> Option<Self> {
+        let read = |name: &str| String::from_utf8(folder.read(name, MAX_PEM).ok()??).ok();
+        let (made_for, ca) = (read("host")?, read("ca.crt")?);
+        let server = tls::server_config(read("tls.crt")?.as_bytes(), read("tls.key")?.as_bytes()).ok()?;
+        (made_for == host && CertificateDer::from_pem_slice(ca.as_bytes()).is_ok())
+            .then_some(Self { server, ca })
     }
 }
 
-fn make(folder: &Path, host: &str, node: &str) -> Result<()> {
+fn make(folder: &Folder, host: &str, node: &str) -> Result<()> {
     let mut names = vec![node.to_owned(), "localhost".to_owned()];
     let mut addresses = vec![IpAddr::from([127, 0, 0, 1])];
     match host.trim_matches(['[', ']']).parse() {
@@ -54,14 +69,37 @@ fn make(folder: &Path, host: &str, node: &str) -> Result<()> {
         Err(_) => names.push(host.to_owned()),
     }
     let made = tls::self_signed(&names, &addresses)?;
-    fs::create_dir_all(folder)?;
     // the host comes last: what is there before it is not used
+    folder.remove("host")?;
     let files = [("ca.crt", &made.ca_pem), ("tls.crt", &made.cert_pem), ("tls.key", &made.key_pem)];
     for (name, text) in files.into_iter().map(|(name, text)| (name, text.as_str())).chain([("host", host)]) {
-        let path = folder.join(name);
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        folder
+            .write(name, text.as_bytes())
+            .with_context(|| folder.path().join(name).display().to_string())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_kept_and_made_anew_when_it_is_damaged() {
+        crate::telemetry::install_crypto();
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::make(&dir.path().join("tls"), Mode::RWXU).unwrap();
+        assert!(Certificate::kept(&folder, "node-a").is_none());
+        make(&folder, "node-a", "node-a").unwrap();
+        let ca = Certificate::kept(&folder, "node-a").unwrap().ca;
+        assert_eq!(Certificate::kept(&folder, "node-a").unwrap().ca, ca);
+        assert!(Certificate::kept(&folder, "node-b").is_none(), "another address");
+        for name in ["ca.crt", "tls.crt", "tls.key", "host"] {
+            let whole = folder.read(name, MAX_PEM).unwrap().unwrap();
+            folder.write(name, &whole[..3]).unwrap();
+            assert!(Certificate::kept(&folder, "node-a").is_none(), "{name} is cut");
+            folder.write(name, &whole).unwrap();
+        }
+        assert!(Certificate::kept(&folder, "node-a").is_some());
+    }
 }

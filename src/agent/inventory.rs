@@ -1,7 +1,7 @@
 //! Publishes what this node's libvirt says of its domains, as DomainSightings. The operator makes the
 //! LibvirtDomains that users see out of them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -11,11 +11,31 @@ use crate::api::{self, DomainSighting, DomainSightingSpec};
 use crate::libvirt::Listed;
 use crate::libvirt::xml::Domain;
 
-/// The sighting of one domain. Pure.
+/// As libvirt prints it.
+fn is_uuid(text: &str) -> bool {
+    let fits = |(at, byte)| match at {
+        8 | 13 | 18 | 23 => byte == b'-',
+        _ => matches!(byte, b'0'..=b'9' | b'a'..=b'f'),
+    };
+    text.len() == 36 && text.bytes().enumerate().all(fits)
+}
+
+/// The sighting of one domain, `None` of one that the inventory cannot hold. Pure.
 pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
     let domain = Domain::parse(&listed.xml).ok()?;
     let size = |target: &str| listed.sizes.iter().find(|(name, _)| name == target).map(|(_, size)| *size);
-    let disks = domain.devices.disks.iter().take(128).map(|disk| disk.sighted(size(&disk.target.dev)));
+    // one sighting that the API server refuses would keep every other domain out of the inventory; libvirt's
+    // own rules are narrower than these
+    if !is_uuid(&domain.uuid) || domain.name.is_empty() {
+        return None;
+    }
+    let mut targets = HashSet::new();
+    let named = domain
+        .devices
+        .disks
+        .iter()
+        .filter(|disk| api::is_disk_target(&disk.target.dev) && targets.insert(disk.target.dev.as_str()));
+    let disks = named.take(128).map(|disk| disk.sighted(size(&disk.target.dev)));
     Some(DomainSightingSpec {
         node_name: node.to_owned(),
         uuid: domain.uuid.clone(),
@@ -111,4 +131,28 @@ impl Inventory {
 /// One sighting per node and domain, at a name that admission can check.
 fn sighting_name(node: &str, uuid: &str) -> String {
     format!("{node}.{uuid}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::DomainState;
+
+    fn seen(from: &str, to: &str) -> Option<DomainSightingSpec> {
+        let xml = include_str!("../../tests/golden/domain-live.xml").replace(from, to);
+        sighting("node-a", &Listed { state: DomainState::Running, xml, sizes: vec![] })
+    }
+
+    #[test]
+    fn what_the_api_server_would_refuse_is_not_sent_to_it() {
+        let targets = |spec: DomainSightingSpec| -> Vec<String> {
+            spec.disks.into_iter().map(|disk| disk.target).collect()
+        };
+        assert_eq!(targets(seen("", "").unwrap()), ["vda", "vdb", "vdc", "vdd", "sda"]);
+        assert_eq!(targets(seen("dev='vdb'", "dev='vda'").unwrap()), ["vda", "vdc", "vdd", "sda"]);
+        assert_eq!(targets(seen("dev='vdb'", "dev='../vdb'").unwrap()), ["vda", "vdc", "vdd", "sda"]);
+        assert!(seen("11111111-2222", "..").is_none());
+        assert!(seen("11111111-2222", "1111111F-2222").is_none());
+        assert_eq!(seen("tricky", &"x".repeat(2000)).unwrap().name.len(), 1024);
+    }
 }

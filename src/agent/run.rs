@@ -194,11 +194,16 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
         let uid = record.uid.clone();
         tracing::info!(backup = uid, vm = record.vm, stage = ?record.life.stage, "backup adopted");
         let serving = record.life.is_serving();
-        let tickets = state.tickets::<StoredTicket>(&uid)?;
+        let tickets = state.tickets::<StoredTicket>(&uid).unwrap_or_else(|error| {
+            tracing::warn!(backup = uid, %error, "its tickets cannot be read: new ones are made");
+            Vec::new()
+        });
         let live = context.registry.insert(&uid, Live::new(record.clone()));
         // when a client last asked died with the process that knew: its idle time starts anew
         live.requested(clock::now());
-        for (_, stored) in tickets.into_iter().filter(|_| serving) {
+        let socket = state.socket_of(&uid)?;
+        let ours = tickets.into_iter().filter(|(transfer, stored)| stored.is_of(transfer, &record, &socket));
+        for (_, stored) in ours.filter(|_| serving) {
             let disk = stored.ticket.disk.clone();
             live.require(&disk, stored.required);
             live.ticketed(&stored.ticket.transfer);
@@ -207,7 +212,9 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
     }
     for uid in state.stray_runs()? {
         tracing::warn!(backup = uid, "files of a backup that no record knows are removed");
-        state.remove_run(&uid)?;
+        if let Err(error) = state.remove_run(&uid) {
+            tracing::warn!(backup = uid, %error, "they were not");
+        }
     }
     Ok(())
 }

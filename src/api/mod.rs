@@ -28,6 +28,7 @@ pub use checkpoint::{
     CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
 };
 pub use domain::{LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
+pub use schema::is_disk_target;
 pub use sighting::{BackingFile, BackupSupport, DomainDisk, DomainSighting, DomainSightingSpec, DomainState};
 pub use transfer::{
     Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, Protocol, TransferFormat,

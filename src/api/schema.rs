@@ -3,6 +3,12 @@
 /// A disk's target in the domain, `vda`: libvirt's `<target dev=…>`.
 pub(super) const TARGET: &str = r"^[A-Za-z0-9_.-]{1,64}$";
 
+/// Whether `text` is a disk's target as `TARGET` has it.
+pub fn is_disk_target(text: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    (1..=64).contains(&text.len()) && text.bytes().all(fits)
+}
+
 /// The name of an object in the same namespace (RFC 1123 subdomain).
 pub(super) const OBJECT_NAME: &str = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$";
 

@@ -167,15 +167,7 @@ impl ImageServer {
     /// Serves until `shutdown`, then at most a few seconds more for the operations that run.
     pub async fn serve(self, shutdown: CancellationToken) {
         let ImageServer { tickets, config, tcp, unix, .. } = self;
-        let shared = Arc::new(Shared {
-            tickets,
-            unix_socket: config.unix_socket.as_deref().and_then(Path::to_str).map(Arc::from),
-            limit: Arc::new(Semaphore::new(config.max_connections)),
-            config,
-            connections: AtomicU64::new(0),
-            tracker: TaskTracker::new(),
-            shutdown,
-        });
+        let shared = Arc::new(Shared::new(config, tickets, shutdown));
         let listeners = TaskTracker::new();
         for listener in tcp {
             if let Some(tls) = shared.config.tls.clone() {
@@ -194,6 +186,15 @@ impl ImageServer {
         }
         shared.tracker.close();
         shared.tracker.wait().await;
+    }
+
+    /// Serves one connection that somebody else accepted, to its end.
+    pub async fn converse<T>(config: Config, tickets: Tickets, stream: T)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let shared = Shared::new(config, tickets, CancellationToken::new());
+        shared.drive(stream, "peer".to_owned()).await;
     }
 }
 
@@ -228,6 +229,18 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(config: Config, tickets: Tickets, shutdown: CancellationToken) -> Shared {
+        Shared {
+            tickets,
+            unix_socket: config.unix_socket.as_deref().and_then(Path::to_str).map(Arc::from),
+            limit: Arc::new(Semaphore::new(config.max_connections)),
+            config,
+            connections: AtomicU64::new(0),
+            tracker: TaskTracker::new(),
+            shutdown,
+        }
+    }
+
     async fn accept_tcp(self: Arc<Self>, listener: TcpListener, tls: TlsAcceptor) {
         while let Some((stream, client, permit)) = self.next(|| listener.accept()).await {
             let (shared, tls) = (Arc::clone(&self), tls.clone());

@@ -57,9 +57,14 @@ impl From<virt::error::Error> for LibvirtError {
         Self {
             code: error.code().to_raw(),
             domain: error.domain().to_raw(),
-            message: error.message().to_owned(),
+            message: one_line(error.message()),
         }
     }
+}
+
+/// libvirt's words, made fit for a log and a condition: they may quote a guest, a name or QEMU's last lines.
+fn one_line(text: &str) -> String {
+    text.trim().chars().take(1024).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK`: what a domain has when nobody set a bound.
@@ -249,5 +254,16 @@ fn domain_state(state: Option<VirtState>, why: DomainStateReasonEnum) -> DomainS
         },
         Some(VirtState::Shutdown | VirtState::PMSuspended) => DomainState::Busy,
         _ => DomainState::Off,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_from_libvirt_cannot_make_a_log_line_of_their_own() {
+        assert_eq!(one_line("failed:\nWARN \u{1b}[31mx\u{9b}\n"), "failed: WARN  [31mx ");
+        assert_eq!(one_line(&"x".repeat(5000)).len(), 1024);
     }
 }

@@ -109,9 +109,7 @@ impl Host {
         let listed = self.libvirt.lookup(&record.vm_uuid)?.ok_or(HostError::NoDomain)?;
         let domain = Domain::parse(&listed.xml).map_err(|_| HostError::NoDomain)?;
         let owner = domain.qemu_owner();
-        let run = self.state.run_of(&record.uid)?;
-        std::fs::create_dir_all(&run).map_err(io_error(&run))?;
-        give(&run, 0o700, owner)?;
+        let run = self.state.make_run(&record.uid)?;
         for planned in &mut record.disks {
             let missing = || HostError::NoDisk(planned.target.clone());
             let disk =
@@ -119,7 +117,8 @@ impl Host {
             let (_, size) =
                 listed.sizes.iter().find(|(target, _)| *target == planned.target).ok_or_else(missing)?;
             planned.size = *size;
-            planned.image = disk.path().map(PathBuf::from);
+            // qemu-img takes any other text for more than a path: `json:`, `nbd:`
+            planned.image = disk.path().map(PathBuf::from).filter(|path| path.is_absolute());
             let scratch = self.state.scratch_of(&record.uid, &planned.target)?;
             let size = size.to_string();
             qemu_img(
@@ -128,7 +127,8 @@ impl Host {
             )?;
             give(&scratch, 0o600, owner)?;
         }
-        Ok(())
+        // last: what is in QEMU's own folder may be a link to anywhere, and this process is root
+        give(&run, 0o700, owner)
     }
 
     fn freeze(&self, record: &Record) -> Freeze {
@@ -338,7 +338,8 @@ fn qemu_img(verb: &'static str, arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8
     if output.status.success() {
         return Ok(output.stdout);
     }
-    Err(failed(String::from_utf8_lossy(&output.stderr).trim().chars().take(512).collect()))
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(failed(said.trim().chars().take(512).map(|c| if c.is_control() { ' ' } else { c }).collect()))
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {

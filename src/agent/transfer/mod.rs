@@ -6,6 +6,7 @@
 pub mod status;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +46,18 @@ pub struct StoredTicket {
     pub secret: u32,
     /// Bytes of the disk that must be read.
     pub required: u64,
+}
+
+impl StoredTicket {
+    /// Whether it permits no more than a disk of this backup, for this transfer.
+    pub fn is_of(&self, transfer: &str, record: &Record, socket: &Path) -> bool {
+        let Ticket { export, disk, size, .. } = &self.ticket;
+        let planned = record.disks.iter().find(|planned| planned.target == *disk);
+        self.ticket.transfer == transfer
+            && self.ticket.backup == record.uid
+            && planned.is_some_and(|planned| planned.size == *size)
+            && (export.socket == socket && export.name == *disk)
+    }
 }
 
 /// Brings one transfer as far as it can get now.

@@ -65,6 +65,11 @@ pub async fn publish_all(
                 let new = LibvirtDomain { metadata, spec: LibvirtDomainSpec { uuid }, status: None };
                 cluster::create(&api, &new, api::OPERATOR).await?;
                 let created = api.get(&name).await?;
+                if created.spec != new.spec {
+                    // another VM's, since the list: the next round finds another name
+                    tracing::warn!(vm = name, uuid = new.spec.uuid, "its name was taken meanwhile");
+                    continue;
+                }
                 if let Some(taken) = taken {
                     let message =
                         format!("the name {taken} is another VM's: this one is published as {name}");

@@ -78,8 +78,8 @@ pub fn publish(
         }
         let Some(sighting) = winner(seen, None) else { continue };
         let wanted = dns_safe(&sighting.name);
-        let is_taken = names.contains_key(&wanted);
-        let name = if is_taken { format!("{wanted}-{}", &uuid[..8]) } else { wanted.clone() };
+        let name = free_name(&wanted, uuid, |name| names.contains_key(name));
+        let is_taken = name != wanted;
         names.insert(name.clone(), uuid);
         changes.push(Change::Create {
             name,
@@ -177,6 +177,15 @@ fn is_overdue(status: &LibvirtDomainStatus, grace: SignedDuration, now: Timestam
     since.is_some_and(|since| now.duration_since(since) >= grace)
 }
 
+/// The first that nobody has of: the name, with the start of the uuid, with all of it, with a number. A VM's name
+/// may be chosen so that it takes the longer ones, too.
+fn free_name(wanted: &str, uuid: &str, taken: impl Fn(&str) -> bool) -> String {
+    let short = uuid.get(..8).unwrap_or(uuid);
+    let first = [wanted.to_owned(), format!("{wanted}-{short}"), format!("{wanted}-{uuid}")];
+    let more = (2_u32..).map(|number| format!("{wanted}-{uuid}-{number}"));
+    first.into_iter().chain(more).find(|name| !taken(name)).unwrap_or_default()
+}
+
 /// A libvirt name as an object's name: lower case, everything else a dash, at most 200 characters.
 pub fn dns_safe(name: &str) -> String {
     let safe: String = name
@@ -267,6 +276,18 @@ mod tests {
         let mut names: Vec<_> = world.iter().map(kube::ResourceExt::name_any).collect();
         names.sort();
         assert_eq!(names, ["db-01", "db-01-bbbbbbbb"]);
+    }
+
+    #[test]
+    fn a_name_that_another_took_on_purpose_does_not_keep_a_vm_out() {
+        let mut world = vec![];
+        let running = |uuid, name: &str| sighting("node-a", uuid, name, DomainState::Running);
+        let c = "cccccccc-0000-4000-8000-000000000003";
+        let squatters = [running(A, "db01"), running(c, "db01-bbbbbbbb")];
+        round(&mut world, &squatters, &[], 1);
+        round(&mut world, &[&squatters[..], &[running(B, "db01")]].concat(), &[], 2);
+        let name = format!("db01-{B}");
+        assert_eq!(holder(&world, &name), Some(("node-a", DomainState::Running)));
     }
 
     #[test]

@@ -3,12 +3,13 @@
 //! ```text
 //! "vmkcov01"  size  granule  transferred  partial  runs     8 bytes each, little endian
 //! partial * (start, end)                                     bytes
-//! runs * (first, behind)                                     granules that were served
+//! runs * (first, behind)                                     granules that were served; or, where that is shorter,
+//!                                                            runs = 2^64 - 1 and all the bits, 8 bytes each
 //! FNV-1a of all that is before
 //! ```
 //!
-//! Runs, since most disks are read in long ones: what must be written every few seconds stays small. The
-//! checksum finds a file that was torn or cut, not one that somebody made. Whatever cannot be decoded
+//! Runs, since most disks are read in long ones: what must be written every few seconds stays small. With the bits
+//! it is never more than 4 MiB and the partial ranges. The checksum finds a file that was torn or cut, not one that somebody made. Whatever cannot be decoded
 //! counts as not served.
 
 use std::ops::Range;
@@ -16,6 +17,8 @@ use std::ops::Range;
 use super::{Coverage, MAX_PARTIAL};
 
 const MAGIC: &[u8; 8] = b"vmkcov01";
+/// Instead of a number of runs: the bits follow.
+const BITS: u64 = u64::MAX;
 
 /// Why bytes are no coverage; it must then be taken as empty.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -40,13 +43,18 @@ impl Coverage {
     /// The bytes to keep.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let runs: Vec<Range<u64>> = self.runs().collect();
-        let mut out = Vec::with_capacity(56 + 16 * (self.partial.len() + runs.len()));
+        let most = self.bits.len() / 2;
+        let runs: Vec<Range<u64>> = self.runs().take(most + 1).collect();
+        let (count, runs, bits) = if runs.len() > most {
+            (BITS, &[][..], &self.bits[..])
+        } else {
+            (runs.len() as u64, &runs[..], &[][..])
+        };
+        let mut out = Vec::with_capacity(56 + 16 * (self.partial.len() + runs.len()) + 8 * bits.len());
         out.extend_from_slice(MAGIC);
-        let counts =
-            [self.size, self.granule, self.transferred, self.partial.len() as u64, runs.len() as u64];
+        let counts = [self.size, self.granule, self.transferred, self.partial.len() as u64, count];
         let partial = self.partial.iter().flat_map(|(start, end)| [*start, *end]);
-        let runs = runs.into_iter().flat_map(|run| [run.start, run.end]);
+        let runs = runs.iter().flat_map(|run| [run.start, run.end]).chain(bits.iter().copied());
         for number in counts.into_iter().chain(partial).chain(runs) {
             out.extend_from_slice(&number.to_le_bytes());
         }
@@ -71,7 +79,9 @@ impl Coverage {
         }
         let mut coverage = Coverage::new(size);
         let numbers_left = (bytes.len() as u64 / 8).checked_sub(7);
-        let announced = partial.checked_add(runs).and_then(|ranges| ranges.checked_mul(2));
+        let behind = if runs == BITS { Some(coverage.bits.len() as u64) } else { runs.checked_mul(2) };
+        let announced =
+            partial.checked_mul(2).zip(behind).and_then(|(ranges, behind)| ranges.checked_add(behind));
         if granule != coverage.granule
             || partial > MAX_PARTIAL as u64
             || announced.is_none()
@@ -86,7 +96,16 @@ impl Coverage {
             }
             coverage.mark(start, end);
         }
-        for _ in 0..runs {
+        if runs == BITS {
+            let mut served = Coverage::new(size);
+            for word in &mut served.bits {
+                *word = next()?;
+            }
+            for run in served.runs() {
+                coverage.mark(run.start * granule, run.end.saturating_mul(granule));
+            }
+        }
+        for _ in 0..if runs == BITS { 0 } else { runs } {
             let (first, behind) = (next()?, next()?);
             if first >= behind || behind > size.div_ceil(granule) {
                 return Err(DecodeError::Damaged);

@@ -80,6 +80,19 @@ fn beyond_the_bound_bytes_count_as_unread_and_reading_again_helps() {
 }
 
 #[test]
+fn the_file_is_bounded_whatever_was_served() {
+    let size = 4096 * 640;
+    let mut coverage = Coverage::new(size);
+    for granule in (0..640).step_by(2) {
+        coverage.mark(granule * 4096, (granule + 1) * 4096);
+    }
+    coverage.mark(4096 + 1, 4096 + 9);
+    let file = coverage.encode();
+    assert_eq!(file.len(), 8 + 5 * 8 + 16 + 640 / 8 + 8, "the bits are shorter than 320 runs");
+    assert_eq!(Coverage::decode(&file, size), Ok(coverage));
+}
+
+#[test]
 fn another_disk_or_format_is_refused() {
     let mut coverage = Coverage::new(10_000);
     coverage.mark_all();

@@ -2,10 +2,12 @@
 //!
 //! Sources: libvirt's formatdomain, formatbackup and formatcheckpoint pages.
 
-use quick_xml::escape::escape;
 use serde::Deserialize;
 
 use crate::api::{BackingFile, BackupSupport, DomainDisk};
+
+/// Elements inside each other that are read: libvirt follows 200 images of a backing chain, and a few are around it.
+const MAX_DEPTH: usize = 256;
 
 /// XML that is not what libvirt's schema says.
 #[derive(Debug, thiserror::Error)]
@@ -140,7 +142,8 @@ impl Domain {
     /// # Errors
     /// When it is not one.
     pub fn parse(xml: &str) -> Result<Self, XmlError> {
-        Ok(quick_xml::de::from_str(xml)?)
+        let mut reader = quick_xml::de::Deserializer::from_str(xml);
+        Ok(Self::deserialize(reader.recursion_limit(MAX_DEPTH))?)
     }
 
     /// Whether the guest agent's channel is connected, so that a freeze has somebody to ask.
@@ -288,9 +291,15 @@ pub fn checkpoint_xml(name: &str, disks: &[&str], created: Option<i64>) -> Strin
     }
     xml += "<disks>";
     for target in disks {
-        xml += &format!("<disk name='{}' checkpoint='bitmap' bitmap='{name}'/>", escape(*target));
+        xml += &format!("<disk name='{}' checkpoint='bitmap' bitmap='{name}'/>", escape(target));
     }
     xml + "</disks></domaincheckpoint>"
+}
+
+/// A text as an attribute's value or an element's text. Blanks too are written as references: in an attribute a
+/// parser takes them for spaces.
+fn escape(text: &str) -> String {
+    quick_xml::escape::escape(text).replace('\t', "&#9;").replace('\n', "&#10;")
 }
 
 #[derive(Debug, Deserialize)]

@@ -72,6 +72,28 @@ fn names_are_escaped() {
 }
 
 #[test]
+fn a_name_cannot_leave_its_place_nor_change_in_it() {
+    for name in ["/run/a b\tc\r\nd", "' x='y", "]]>--><!-- &lt; &#10;", "\u{85}\u{2028}\u{1F4BE}"] {
+        let disk = BackupDisk { target: name, scratch: name };
+        assert_eq!(backup_socket(&backup_xml(name, &[disk])).as_deref(), Some(name));
+    }
+    assert!(checkpoint_xml("a\nb", &["v\tda"], None).contains("<name>a&#10;b</name>"));
+}
+
+#[test]
+fn a_chain_as_long_as_libvirts_longest_is_read_and_a_longer_one_refused() {
+    let nested = |layers: usize| {
+        let open = "<backingStore><format type='qcow2'/><source file='/base'/>".repeat(layers);
+        let chain = format!("{open}<backingStore/>{}", "</backingStore>".repeat(layers));
+        let start = LIVE.find("<backingStore").unwrap();
+        let end = LIVE.find("</backingStore>").unwrap() + "</backingStore>".len();
+        Domain::parse(&[&LIVE[..start], &chain, &LIVE[end..]].concat())
+    };
+    assert_eq!(nested(200).unwrap().devices.disks[0].sighted(None).backing_chain.len(), 201);
+    assert!(nested(100_000).is_err(), "and the stack is left alone");
+}
+
+#[test]
 fn a_checkpoint_names_its_bitmap_in_each_disk() {
     let expected = "<domaincheckpoint><name>virtmark-1</name><disks>\
         <disk name='vda' checkpoint='bitmap' bitmap='virtmark-1'/>\

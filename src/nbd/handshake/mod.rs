@@ -268,7 +268,11 @@ impl Handshake {
                 self.contexts_settled()
             }
             // The export's name is checked here first by some servers: let GO say so in full.
-            kind if kind & reply::ERROR != 0 && kind != reply::ERR_TLS_REQUIRED => self.contexts_settled(),
+            kind if kind & reply::ERROR != 0 && kind != reply::ERR_TLS_REQUIRED => {
+                // an option that failed has set nothing, whatever came before the error
+                self.agreed.contexts = Contexts::default();
+                self.contexts_settled()
+            }
             _ => Err(self.refused(kind, data)),
         }
     }

@@ -92,6 +92,21 @@ fn a_missing_bitmap_is_named_with_those_that_exist() {
 }
 
 #[test]
+fn contexts_before_an_error_are_not_agreed_on() {
+    let mut machine = greeted("", None);
+    let mut out = BytesMut::new();
+    answer(&mut out, option::STRUCTURED_REPLY, reply::ACK, &[]);
+    // with one id, too, which is only looked at when the option succeeds
+    answer(&mut out, option::SET_META_CONTEXT, reply::META_CONTEXT, b"\0\0\0\x07base:allocation");
+    answer(&mut out, option::SET_META_CONTEXT, reply::META_CONTEXT, b"\0\0\0\x07qemu:allocation-depth");
+    answer(&mut out, option::SET_META_CONTEXT, reply::ERR_UNKNOWN, &[]);
+    answer(&mut out, option::GO, reply::INFO, &[0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 1]);
+    answer(&mut out, option::GO, reply::ACK, &[]);
+    let agreed = machine.receive(&out).unwrap().unwrap();
+    assert_eq!(agreed.contexts, Contexts::default());
+}
+
+#[test]
 fn an_old_server_gives_simple_replies() {
     let mut machine = greeted("", None);
     let mut out = BytesMut::new();

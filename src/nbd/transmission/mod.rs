@@ -237,8 +237,9 @@ impl Transmission {
                     let Some(place) = proto::be64(&self.head, taken) else { return Ok(false) };
                     (offset, taken) = (place, taken + 8);
                 }
-                let payload = self.check_chunk(kind, cookie, offset, length)?;
-                Receiving { cookie, kind, done: flags & chunk::FLAG_DONE != 0, offset, payload }
+                let done = flags & chunk::FLAG_DONE != 0;
+                let payload = self.check_chunk((kind, done), cookie, offset, length)?;
+                Receiving { cookie, kind, done, offset, payload }
             }
         };
         self.head.advance(taken);
@@ -264,11 +265,18 @@ impl Transmission {
     }
 
     /// Whether a chunk may answer its request; the bytes of payload that follow.
-    fn check_chunk(&self, kind: u16, cookie: u64, offset: u64, length: u32) -> Result<usize, ProtocolError> {
+    fn check_chunk(
+        &self,
+        (kind, done): (u16, bool),
+        cookie: u64,
+        offset: u64,
+        length: u32,
+    ) -> Result<usize, ProtocolError> {
         let pending = self.in_flight.get(&cookie).ok_or(ProtocolError::UnknownCookie)?;
         let fits = self.structured
             && match (kind, &pending.kind) {
-                (chunk::NONE, _) => length == 0,
+                // without DONE it says nothing, and could do so for ever
+                (chunk::NONE, _) => length == 0 && done,
                 (chunk::OFFSET_DATA, Kind::Read { .. }) => length > 8,
                 (chunk::OFFSET_HOLE, Kind::Read { .. }) => length == 12,
                 (chunk::BLOCK_STATUS, Kind::Status(_)) => {

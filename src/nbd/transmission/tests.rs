@@ -147,6 +147,8 @@ fn each_breach_has_its_error() {
     assert_eq!(broken(&|b, _, _| chunk(b, true, chunk::NONE, 99, &[])), UnknownCookie);
     assert_eq!(broken(&|b, r, _| ReplyHead::Simple { error: 0, cookie: r }.encode(b)), SimpleReply);
     assert_eq!(broken(&|b, r, _| chunk(b, true, chunk::NONE, r, &[])), Incomplete);
+    let endless = BadChunk { kind: chunk::NONE, length: 0 };
+    assert_eq!(broken(&|b, r, _| chunk(b, false, chunk::NONE, r, &[])), endless);
     assert_eq!(broken(&|b, r, _| chunk(b, true, chunk::OFFSET_DATA, r, &data(100, &[0; 9]))), Incomplete);
     assert_eq!(broken(&|b, r, _| chunk(b, true, chunk::OFFSET_DATA, r, &data(99, &[0; 9]))), BadRange);
     assert_eq!(broken(&|b, r, _| chunk(b, true, chunk::OFFSET_DATA, r, &data(101, &[0; 10]))), BadRange);

@@ -1,0 +1,73 @@
+//! What the state directory has of one backup: the plan, and how far it went. Pure; it reads and writes nothing.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::checked;
+use crate::agent::backup::life::Life;
+use crate::api::{QuiesceMode, is_disk_target};
+
+/// What is to be done for one backup, fixed when it is bound, and how far it went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The VmBackup's uid.
+    pub uid: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// The LibvirtDomain's name.
+    pub vm: String,
+    /// The domain's uuid.
+    pub vm_uuid: String,
+    /// Name of the checkpoint in libvirt, of the bitmaps in the images; none when only raw disks are in it.
+    pub bitmap: Option<String>,
+    /// The disks.
+    pub disks: Vec<PlannedDisk>,
+    /// Whether to freeze the guest.
+    pub quiesce: QuiesceMode,
+    /// Seconds the guest agent is given.
+    pub quiesce_seconds: i32,
+    /// How far it went.
+    pub life: Life,
+}
+
+impl Record {
+    /// What of it cannot be so in a record that an agent wrote: it would lead to other files or objects.
+    pub fn unsound(&self) -> Option<&'static str> {
+        let name = |text: &str, more: &[u8], longest: usize| {
+            let fits = |byte: u8| byte.is_ascii_alphanumeric() || more.contains(&byte);
+            (1..=longest).contains(&text.len()) && text.bytes().all(fits)
+        };
+        let object = |text: &str| name(text, b"-.", 253) && !text.starts_with('.');
+        if checked(&self.uid).is_err() {
+            Some("uid")
+        } else if checked(&self.vm_uuid).is_err() {
+            Some("vm_uuid")
+        } else if !object(&self.namespace) || !object(&self.name) || !object(&self.vm) {
+            Some("name")
+        } else if self.bitmap.as_ref().is_some_and(|bitmap| !name(bitmap, b"_.:-", 200)) {
+            Some("bitmap")
+        } else if !self.disks.iter().all(|disk| is_disk_target(&disk.target)) {
+            Some("disk")
+        } else if !self.disks.iter().all(|disk| disk.image.as_ref().is_none_or(|image| image.is_absolute())) {
+            Some("image")
+        } else {
+            None
+        }
+    }
+}
+
+/// One disk of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedDisk {
+    /// Its target in the domain, and the name of its export.
+    pub target: String,
+    /// Its virtual size in bytes when the backup began; before, what the inventory said.
+    pub size: u64,
+    /// Path of its image on this host, for bitmaps of a VM that is off.
+    pub image: Option<PathBuf>,
+    /// Whether the checkpoint has a bitmap in it.
+    pub in_checkpoint: bool,
+}

@@ -4,13 +4,16 @@
 //!   waiting --lease is ours--> leading --lease is another's, or cannot be renewed--> waiting
 //! ```
 //!
+//! One that is told to stop gives the lease up, and another one that waits sees that within a second.
+//!
 //! A lease does not fence: one who lost it may still have a write on its way. What keeps two apart is the
 //! resourceVersion of every write, deterministic names, and libvirt's one job a domain; the lease only keeps them
 //! from doing everything twice.
 
 use std::time::Duration;
 
-use kube::Client;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, Client};
 use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseManagerError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +23,9 @@ const LEASE: &str = "virtmark-operator";
 
 /// How soon to ask again when the API server does not answer.
 const AGAIN: Duration = Duration::from_millis(500);
+
+/// How often one that waits looks whether the lease was given up.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Who wants to lead, and for how long a lease holds.
 #[derive(Clone, Debug)]
@@ -66,7 +72,7 @@ pub async fn lead<W: Future<Output = ()>>(
         };
         let lost = async {
             match &manager {
-                Ok(manager) => hold(manager, candidate, &work).await,
+                Ok(manager) => hold(client, manager, candidate, &work).await,
                 Err(error) => {
                     tracing::warn!(%error, "the lease cannot be asked for");
                     tokio::time::sleep(AGAIN).await;
@@ -89,17 +95,38 @@ pub async fn lead<W: Future<Output = ()>>(
 
 /// Waits for the lease, and does `work` until it is lost.
 async fn hold<W: Future<Output = ()>>(
+    client: &Client,
     manager: &LeaseManager,
     candidate: &Candidate,
     work: impl Fn() -> W,
 ) -> anyhow::Result<()> {
-    while !asked(manager, candidate).await {}
+    loop {
+        tokio::select! {
+            held = asked(manager, candidate) => if held { break },
+            // the manager sleeps until the lease that it saw runs out: another one asks at once
+            () = given_up(client, candidate) => return Ok(()),
+        }
+    }
     tracing::info!(identity = candidate.identity, "leads");
     tokio::select! {
         () = work() => anyhow::bail!("a controller ended"),
         _ = asked(manager, candidate) => tracing::warn!(identity = candidate.identity, "leads no more"),
     }
     Ok(())
+}
+
+/// Waits until the lease is nobody's.
+async fn given_up(client: &Client, candidate: &Candidate) {
+    let leases = Api::<Lease>::namespaced(client.clone(), &candidate.namespace);
+    loop {
+        tokio::time::sleep(LOOK).await;
+        // who cannot ask cannot lead either: the manager says so
+        let Ok(lease) = leases.get_opt(LEASE).await else { continue };
+        let holder = lease.and_then(|lease| lease.spec?.holder_identity);
+        if holder.is_none_or(|holder| holder.is_empty()) {
+            return;
+        }
+    }
 }
 
 /// Whether the lease is ours, once that changed. Failing to learn it for as long as the lease lasts is a no.

@@ -4,6 +4,8 @@
 //! malformed request on an unknown ticket is told to be malformed. A path is decoded before it is matched.
 //! Refusals never repeat a path, since it may hold a ticket's id.
 
+use std::borrow::Cow;
+
 use hyper::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE, TRANSFER_ENCODING};
 use hyper::{HeaderMap, Method, StatusCode, Uri};
 use percent_encoding::percent_decode_str;
@@ -109,7 +111,7 @@ pub fn asks_to_close(method: &Method, uri: &Uri) -> bool {
 
 fn resource(path: &str) -> Result<Resource, Refusal> {
     let not_found = |message: &str| Refusal::new(StatusCode::NOT_FOUND, message);
-    let path = percent_decode_str(path).decode_utf8_lossy();
+    let path = decoded(path);
     if path == "/info/" {
         return Ok(Resource::Info);
     }
@@ -123,6 +125,12 @@ fn resource(path: &str) -> Result<Resource, Refusal> {
         }
         Some(_) => Err(not_found("No handler for this path of an image; did you mean /extents?")),
     }
+}
+
+/// A path as it is matched. What is no UTF-8 once it is decoded names no ticket.
+#[must_use]
+pub fn decoded(path: &str) -> Cow<'_, str> {
+    percent_decode_str(path).decode_utf8_lossy()
 }
 
 fn no_ticket() -> Refusal {

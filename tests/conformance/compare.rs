@@ -176,7 +176,7 @@ pub(crate) struct Rule {
     transport: Option<Transport>,
     /// By aspect, a pattern too: what the stock daemon has, and what the other server has instead.
     #[serde(deserialize_with = "by_aspect")]
-    shows: Vec<(Pattern, Vec<(Pattern, Pattern)>)>,
+    shows: Vec<Shown>,
     /// For readers of docs/conformance.md.
     #[allow(dead_code, reason = "`generate` reads it")]
     stock: String,
@@ -201,9 +201,10 @@ impl TryFrom<String> for Pattern {
     }
 }
 
-fn by_aspect<'de, D: Deserializer<'de>>(
-    source: D,
-) -> Result<Vec<(Pattern, Vec<(Pattern, Pattern)>)>, D::Error> {
+/// An aspect of an answer, and the pairs of what stock and ours may say of it.
+type Shown = (Pattern, Vec<(Pattern, Pattern)>);
+
+fn by_aspect<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<Shown>, D::Error> {
     let shown = BTreeMap::<String, Vec<(Pattern, Pattern)>>::deserialize(source)?;
     let shown = shown.into_iter().map(|(aspect, pairs)| Ok((Pattern::try_from(aspect)?, pairs)));
     shown.collect::<Result<_, regex::Error>>().map_err(D::Error::custom)

@@ -154,6 +154,9 @@ fn connect(endpoint: &Endpoint, transport: Transport) -> Box<dyn Stream> {
     }
 }
 
+/// Version, status and headers.
+type Head = (String, u16, Vec<(String, String)>);
+
 struct Wire {
     stream: Box<dyn Stream>,
     input: Vec<u8>,
@@ -210,7 +213,7 @@ impl Wire {
     }
 
     /// Version, status and headers of the next head.
-    fn head(&mut self) -> Result<(String, u16, Vec<(String, String)>), After> {
+    fn head(&mut self) -> Result<Head, After> {
         let end = loop {
             if let Some(end) = find(&self.input, b"\r\n\r\n") {
                 break end;

@@ -139,7 +139,15 @@ fn serve_chain(directory: &Path) -> QemuNbd {
         changes.push(format!("write -z {}k 32k", cluster * 64 + 64));
     }
     write(&image, &changes.iter().map(String::as_str).collect::<Vec<_>>());
+    settle(&[&base, &image]);
     QemuNbd::start(directory, &["--format=qcow2", "-A", "-x", "vda", "--bitmap=b0", path(&image)])
+}
+
+/// What the storage says of a file's holes changes while what was written is on its way to the disk.
+fn settle(images: &[&Path]) {
+    for image in images {
+        std::fs::File::open(image).unwrap().sync_all().unwrap();
+    }
 }
 
 /// A raw image: no bitmap, no allocation depth.
@@ -147,5 +155,6 @@ fn serve_raw(directory: &Path) -> QemuNbd {
     let image = directory.join("disk.raw");
     run("qemu-img", &["create", "-q", "-f", "raw", path(&image), "1M"]);
     run("qemu-io", &["-f", "raw", "-c", "write -P 9 64k 4k", path(&image)]);
+    settle(&[&image]);
     QemuNbd::start(directory, &["--format=raw", path(&image)])
 }

@@ -86,6 +86,8 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
 }
 
 fn survive(rig: &mut Rig, step: Step, passes: u32, way: Way, both: bool, number: u8) -> Result<()> {
+    // the other VM's rig may have started other processes meanwhile
+    rig.bed = Bed::from_env()?;
     let name = format!("survivor-{number}-{}", step.as_str().to_lowercase());
     let quiesce = if rig.vm.name == "survivor" { "Required" } else { "None" };
     for disk in ["vdb", "vdc"] {

@@ -1,6 +1,6 @@
 //! Every kind through every phase, on a real cluster and hypervisor.
 
-use std::fs;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -169,12 +169,13 @@ fn finalizing(stage: &mut Stage) -> Result<()> {
     let uid =
         stage.rig.get("vmbackup", "gitops-1")?["metadata"]["uid"].as_str().context("no uid")?.to_owned();
     let run = stage.rig.vm.hypervisor().dir.join("agent/run").join(uid);
-    fs::remove_dir_all(&run)?;
-    fs::write(&run, "a folder should be here")?;
+    let chattr = |flag: &str| Command::new("chattr").arg(flag).arg(&run).status();
+    ensure!(chattr("+i")?.success(), "chattr +i");
     agent.resume();
-    stage.rig.phase("vmbackup", "gitops-1", "Finalizing")?;
-    stage.record(&[("VmBackup", "finalizing", "gitops-1")])?;
-    fs::remove_file(&run)?;
+    let stuck = stage.rig.phase("vmbackup", "gitops-1", "Finalizing");
+    let recorded = stuck.and_then(|_| stage.record(&[("VmBackup", "finalizing", "gitops-1")]));
+    ensure!(chattr("-i")?.success(), "chattr -i");
+    recorded?;
     stage.rig.phase("vmbackup", "gitops-1", "Succeeded").map(drop)
 }
 

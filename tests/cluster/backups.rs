@@ -9,8 +9,7 @@ use virtmark_bed::{Disk, compare, wait_until};
 use super::rig::{BOUND, MIB, Rig, small};
 
 fn usable(rig: &Rig, backup: &str) -> Result<String> {
-    let checkpoint =
-        rig.get("vmbackup", backup)?["status"]["toCheckpoint"].as_str().context("none")?.to_owned();
+    let checkpoint = rig.checkpoint_of(backup)?;
     wait_until(BOUND, "a usable checkpoint", || {
         let status = rig.get("vmcheckpoint", &checkpoint)?["status"].clone();
         let conditions = status["conditions"].as_array().cloned().unwrap_or_default();
@@ -107,13 +106,10 @@ fn finalize_is_not_obeyed_while_bytes_are_unread() -> Result<()> {
 fn cancel_and_delete_leave_nothing_in_any_phase() -> Result<()> {
     let rig = Rig::running("undone", small())?;
     rig.vm.write("vda", 0, MIB, 0x11)?;
-    let checkpoint = |backup: &str| -> Result<String> {
-        Ok(rig.get("vmbackup", backup)?["status"]["toCheckpoint"].as_str().context("none")?.to_owned())
-    };
 
     rig.backup("undone-1", json!({}))?;
     rig.phase("vmbackup", "undone-1", "Ready")?;
-    let (made, secret) = (checkpoint("undone-1")?, rig.ticket("undone-1-vda")?.secret);
+    let (made, secret) = (rig.checkpoint_of("undone-1")?, rig.ticket("undone-1-vda")?.secret);
     assert_eq!(rig.bitmaps("vda")?.len(), 1);
     rig.state("vmbackup", "undone-1", "Cancelled")?;
     rig.phase("vmbackup", "undone-1", "Failed")?;
@@ -126,7 +122,7 @@ fn cancel_and_delete_leave_nothing_in_any_phase() -> Result<()> {
 
     rig.backup("undone-2", json!({}))?;
     rig.phase("vmbackup", "undone-2", "Ready")?;
-    let made = checkpoint("undone-2")?;
+    let made = rig.checkpoint_of("undone-2")?;
     rig.kubectl(&["delete", "vmbackup", "undone-2", "--timeout=30s"])?;
     rig.gone("vmcheckpoint", &made)?;
     rig.gone("imagetransfer", "undone-2-vda")?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde_json::json;
 use virtmark_bed::{Disk, Plan, wait_until};
 
@@ -61,8 +61,7 @@ fn what_waits_for_a_backup_says_so() -> Result<()> {
     rig.reason("imagetransfer", "awaited-1-vda", "TicketReady")?;
     rig.state("vmbackup", "awaited-1", "Finalized")?;
     rig.phase("vmbackup", "awaited-1", "Succeeded")?;
-    let status = rig.get("vmbackup", "awaited-1")?["status"].clone();
-    let checkpoint = status["toCheckpoint"].as_str().context("no checkpoint")?.to_owned();
+    let checkpoint = rig.checkpoint_of("awaited-1")?;
     rig.reason("vmcheckpoint", &checkpoint, "BackupSucceeded")?;
 
     rig.backup("awaited-2", json!({"transfers": "Manual"}))?;
@@ -89,8 +88,7 @@ fn a_vm_that_takes_a_name_over_takes_no_checkpoint_over() -> Result<()> {
     rig.phase("vmbackup", "replaced-1", "Ready")?;
     rig.state("vmbackup", "replaced-1", "Finalized")?;
     rig.phase("vmbackup", "replaced-1", "Succeeded")?;
-    let status = rig.get("vmbackup", "replaced-1")?["status"].clone();
-    let checkpoint = status["toCheckpoint"].as_str().context("no checkpoint")?.to_owned();
+    let checkpoint = rig.checkpoint_of("replaced-1")?;
     rig.reason("vmcheckpoint", &checkpoint, "BackupSucceeded")?;
     drop(rig);
     let rig = Rig::running("replaced", [Disk::qcow2("vda", MIB)])?;

@@ -134,6 +134,12 @@ impl Rig {
         .with_context(|| format!("its status: {last}"))
     }
 
+    /// The name of the VmCheckpoint that a backup makes.
+    pub fn checkpoint_of(&self, backup: &str) -> Result<String> {
+        let status = self.get("vmbackup", backup)?["status"].clone();
+        Ok(status["toCheckpoint"].as_str().context("it makes no checkpoint")?.to_owned())
+    }
+
     /// Waits until an object is gone.
     pub fn gone(&self, kind: &str, name: &str) -> Result<()> {
         wait_until(BOUND, &format!("{kind} {name} to go"), || {

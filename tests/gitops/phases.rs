@@ -71,7 +71,7 @@ fn before_the_agent(stage: &mut Stage) -> Result<()> {
         let node = rig.get("imagetransfer", "gitops-1-vda")?["status"]["nodeName"].clone();
         Ok((!node.is_null()).then_some(()))
     })?;
-    let checkpoint = checkpoint_of(stage, "gitops-1")?;
+    let checkpoint = stage.rig.checkpoint_of("gitops-1")?;
     stage.record(&[
         ("VmBackup", "bound", "gitops-1"),
         ("VmBackup", "waiting-backup-already-running", "gitops-2"),
@@ -184,7 +184,7 @@ fn ended(stage: &mut Stage, manifest: &Value) -> Result<()> {
     let rig = &stage.rig;
     rig.state("vmbackup", "gitops-off", "Cancelled")?;
     rig.phase("vmbackup", "gitops-off", "Failed")?;
-    let checkpoint = checkpoint_of(stage, "gitops-1")?;
+    let checkpoint = stage.rig.checkpoint_of("gitops-1")?;
     stage.rig.phase("vmcheckpoint", &checkpoint, "Ready")?;
     stage.record(&[
         ("VmBackup", "succeeded", "gitops-1"),
@@ -224,7 +224,7 @@ fn deleted(stage: &mut Stage) -> Result<()> {
     stage.apply("vmbackup", "VmBackup", "gitops-3", &json!({"vm": "gitops"}))?;
     stage.rig.phase("vmbackup", "gitops-3", "Ready")?;
     stage.rig.phase("imagetransfer", "gitops-3-vda", "Ready")?;
-    let checkpoint = checkpoint_of(stage, "gitops-1")?;
+    let checkpoint = stage.rig.checkpoint_of("gitops-1")?;
     Stage::stop(stage.agent())?;
     for (kind, name) in
         [("vmcheckpoint", checkpoint.as_str()), ("vmbackup", "gitops-3"), ("imagetransfer", "gitops-3-vda")]
@@ -252,7 +252,7 @@ fn deleted(stage: &mut Stage) -> Result<()> {
 
 /// Another VM has the name now.
 fn replaced(stage: &mut Stage) -> Result<()> {
-    let checkpoint = checkpoint_of(stage, "gitops-2")?;
+    let checkpoint = stage.rig.checkpoint_of("gitops-2")?;
     let hypervisor = stage.rig.vm.hypervisor().clone();
     let other = Plan::new("gitops-other").disk(Disk::qcow2("vda", MIB)).define(&hypervisor)?;
     drop(std::mem::replace(&mut stage.rig.vm, other));
@@ -271,9 +271,4 @@ fn read_data(stage: &Stage, transfer: &str) -> Result<()> {
     let answer = stage.rig.ticket(transfer)?.curl(&["-H", &range])?;
     ensure!(answer == "206", "{answer}");
     Ok(())
-}
-
-fn checkpoint_of(stage: &Stage, backup: &str) -> Result<String> {
-    let status = stage.rig.get("vmbackup", backup)?["status"].clone();
-    Ok(status["toCheckpoint"].as_str().context("no checkpoint")?.to_owned())
 }

@@ -48,8 +48,7 @@ fn an_agent_that_does_not_answer_gets_nothing_and_is_waited_for() -> Result<()> 
     rig.state("vmbackup", "silent-1", "Finalized")?;
     rig.phase("vmbackup", "silent-1", "Succeeded")?;
 
-    let status = rig.get("vmbackup", "silent-1")?["status"].clone();
-    let checkpoint = status["toCheckpoint"].as_str().context("no checkpoint")?.to_owned();
+    let checkpoint = rig.checkpoint_of("silent-1")?;
     agent.pause();
     rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--wait=false"])?;
     rig.reason("vmcheckpoint", &checkpoint, "Finalizing")?;
@@ -138,10 +137,7 @@ fn a_vm_that_went_elsewhere_or_nowhere_before_its_backup_began_is_not_waited_for
         let again = ended.and_then(|_| {
             let message = rig.reason("vmbackup", &backup, reason)?;
             ensure!(!elsewhere || message.contains("node-a"), "{message}");
-            rig.gone(
-                "vmcheckpoint",
-                rig.get("vmbackup", &backup)?["status"]["toCheckpoint"].as_str().unwrap_or("-"),
-            )?;
+            rig.gone("vmcheckpoint", &rig.checkpoint_of(&backup)?)?;
             if elsewhere {
                 rig.backup("moved-2", json!({}))?;
                 let status = rig.phase("vmbackup", "moved-2", "Ready")?;

@@ -40,8 +40,7 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
             let domain = listed.and_then(|listed| Domain::parse(&listed.xml).ok());
             let image = |target: &str| {
                 let disks = &domain.as_ref()?.devices.disks;
-                let path = disks.iter().find(|disk| disk.target.dev == target)?.path()?;
-                path.starts_with('/').then(|| PathBuf::from(path))
+                disks.iter().find(|disk| disk.target.dev == target)?.path().map(PathBuf::from)
             };
             let disks: Vec<_> =
                 spec.disks.iter().map(|disk| (disk.target.clone(), image(&disk.target))).collect();

@@ -57,14 +57,15 @@ impl From<virt::error::Error> for LibvirtError {
         Self {
             code: error.code().to_raw(),
             domain: error.domain().to_raw(),
-            message: one_line(error.message()),
+            message: one_line(error.message(), 1024),
         }
     }
 }
 
-/// libvirt's words, made fit for a log and a condition: they may quote a guest, a name or QEMU's last lines.
-fn one_line(text: &str) -> String {
-    text.trim().chars().take(1024).map(|c| if c.is_control() { ' ' } else { c }).collect()
+/// The first `longest` characters of what libvirt or qemu-img says, made fit for a log and a condition: it may quote a
+/// guest, a name or QEMU's last lines.
+pub fn one_line(text: &str, longest: usize) -> String {
+    text.trim().chars().take(longest).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK`: what a domain has when nobody set a bound.
@@ -263,7 +264,7 @@ mod tests {
 
     #[test]
     fn words_from_libvirt_cannot_make_a_log_line_of_their_own() {
-        assert_eq!(one_line("failed:\nWARN \u{1b}[31mx\u{9b}\n"), "failed: WARN  [31mx ");
-        assert_eq!(one_line(&"x".repeat(5000)).len(), 1024);
+        assert_eq!(one_line("failed:\nWARN \u{1b}[31mx\u{9b}\n", 1024), "failed: WARN  [31mx ");
+        assert_eq!(one_line(&"x".repeat(5000), 1024).len(), 1024);
     }
 }

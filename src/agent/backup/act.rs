@@ -11,7 +11,7 @@ use crate::agent::state::{Record, StateDir, StateError};
 use crate::api::QuiesceMode;
 use crate::killpoint;
 use crate::libvirt::xml::{self, Domain};
-use crate::libvirt::{Libvirt, LibvirtError, Listed};
+use crate::libvirt::{Libvirt, LibvirtError, Listed, one_line};
 use crate::reason::{Because, Reason};
 use crate::step::Step;
 
@@ -117,8 +117,7 @@ impl Host {
             let (_, size) =
                 listed.sizes.iter().find(|(target, _)| *target == planned.target).ok_or_else(missing)?;
             planned.size = *size;
-            // qemu-img takes any other text for more than a path: `json:`, `nbd:`
-            planned.image = disk.path().map(PathBuf::from).filter(|path| path.is_absolute());
+            planned.image = disk.path().map(PathBuf::from);
             let scratch = self.state.scratch_of(&record.uid, &planned.target)?;
             let size = size.to_string();
             qemu_img(
@@ -338,8 +337,7 @@ fn qemu_img(verb: &'static str, arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8
     if output.status.success() {
         return Ok(output.stdout);
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(failed(said.trim().chars().take(512).map(|c| if c.is_control() { ' ' } else { c }).collect()))
+    Err(failed(one_line(&String::from_utf8_lossy(&output.stderr), 512)))
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {

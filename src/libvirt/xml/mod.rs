@@ -183,10 +183,11 @@ impl Disk {
         self.driver.as_ref().and_then(|driver| driver.format.as_deref()).unwrap_or("raw")
     }
 
-    /// The image's path on the node, for files and block devices.
+    /// The image's path on the node, for files and block devices; always an absolute one, since qemu-img takes any other
+    /// text for more than a path: `json:`, `nbd:`.
     pub fn path(&self) -> Option<&str> {
         let source = self.source.as_ref()?;
-        source.file.as_deref().or(source.dev.as_deref())
+        source.file.as_deref().or(source.dev.as_deref()).filter(|path| path.starts_with('/'))
     }
 
     /// The disk as the inventory shows it. `size` in bytes.

@@ -70,6 +70,17 @@ impl Folder {
         Ok(names)
     }
 
+    /// Bytes that the files of a folder in it take on their disk. The folder may be another user's: nothing is read.
+    pub(super) fn allocated_in(&self, name: &str) -> io::Result<u64> {
+        let fd = rustix::fs::openat(&self.fd, name, DIRECTORY, Mode::empty())?;
+        let files = rustix::fs::Dir::read_from(&fd)?.filter_map(Result::ok);
+        let stats = files.filter_map(|file| {
+            let stat = rustix::fs::statat(&fd, file.file_name(), AtFlags::SYMLINK_NOFOLLOW).ok()?;
+            (FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile).then_some(stat)
+        });
+        Ok(stats.map(|stat| u64::try_from(stat.st_blocks).unwrap_or_default().saturating_mul(512)).sum())
+    }
+
     /// The bytes of a file of at most `limit` bytes; `None` when it is not there.
     pub(super) fn read(&self, name: &str, limit: usize) -> io::Result<Option<Vec<u8>>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::{AgentError, Context};
 use crate::agent::backup::act::HostError;
 
-/// How often the room is measured while a backup runs: a guest that writes 1 GiB a second uses up a quarter of the
-/// smallest reserve of a large disk between two looks.
+/// How often the room is measured while a backup runs: a guest that writes 1 GiB a second uses up a quarter of a large file
+/// system's reserve between two looks.
 const PACE: Duration = Duration::from_millis(250);
 
 /// Watches, for ever.

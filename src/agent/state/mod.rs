@@ -14,9 +14,7 @@
 
 mod record;
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
@@ -254,9 +252,11 @@ impl StateDir {
     pub fn scratch_usage(&self) -> Result<Usage, StateError> {
         let failed = io_error(&self.run);
         let system = rustix::fs::statvfs(&self.run).map_err(|error| failed(error.into()))?;
-        let names = Folder::open(&self.run).and_then(|run| run.names()).map_err(failed)?;
+        let run = Folder::open(&self.run).map_err(&failed)?;
+        let names = run.names().map_err(&failed)?;
         let used = names.into_iter().filter(|uid| checked(uid).is_ok()).map(|uid| {
-            let bytes = allocated(&self.run.join(&uid));
+            // what goes meanwhile takes nothing
+            let bytes = run.allocated_in(&uid).unwrap_or_default();
             (uid, bytes)
         });
         Ok(Usage {
@@ -307,12 +307,6 @@ fn checked(uid: &str) -> Result<&str, StateError> {
 fn io_error(path: &Path) -> impl Fn(io::Error) -> StateError {
     let path = path.to_owned();
     move |source| StateError::Io { path: path.clone(), source }
-}
-
-/// Bytes that the files of a folder take on their disk. What goes meanwhile takes none.
-fn allocated(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
-    entries.filter_map(|entry| entry.metadata().ok()).map(|file| file.blocks().saturating_mul(512)).sum()
 }
 
 fn json<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, StateError> {

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Runs, since most disks are read in long ones: what must be written every few seconds stays small. With the bits
-//! it is never more than 4 MiB and the partial ranges. The checksum finds a file that was torn or cut, not one that somebody made. Whatever cannot be decoded
-//! counts as not served.
+//! it is never more than 4 MiB and the partial ranges. The checksum finds a file that was torn or cut, not one that
+//! somebody made. Whatever cannot be decoded counts as not served.
 
 use std::ops::Range;
 

@@ -79,7 +79,7 @@ impl Range {
         if last.is_some_and(|last| last < first) {
             return Err(refused());
         }
-        Ok(Range { first, last })
+        Ok(Range { first: position(first), last: last.map(position) })
     }
 
     /// The bytes `start..end` that are meant, of a ticket for `ticket` bytes on an image of `image` bytes.
@@ -104,10 +104,16 @@ impl Range {
     }
 }
 
-/// A number of decimal digits only: no sign, no space. One that is too large for any disk is the largest.
-fn number(text: &str) -> Option<u64> {
+/// A number of decimal digits only: no sign, no space. Wider than any disk, so that two that are beyond all disks can
+/// still be compared.
+fn number(text: &str) -> Option<u128> {
     (!text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()))
-        .then(|| text.parse().unwrap_or(u64::MAX))
+        .then(|| text.parse().unwrap_or(u128::MAX))
+}
+
+/// A byte's place; one that is beyond any disk is the last.
+fn position(number: u128) -> u64 {
+    u64::try_from(number).unwrap_or(u64::MAX)
 }
 
 /// The offset of a PUT: `bytes FIRST-(LAST|*)/(TOTAL|*)`, of which only FIRST counts.
@@ -120,7 +126,7 @@ pub fn content_range(value: &[u8]) -> Result<u64, Refusal> {
     let (first, last, total) = (number(first), open(last), open(total));
     let (Some(first), Some(last), Some(total)) = (first, last, total) else { return Err(refused()) };
     let lies = last.is_some_and(|last| first > last || total.is_some_and(|total| last >= total));
-    if lies { Err(refused()) } else { Ok(first) }
+    if lies { Err(refused()) } else { Ok(position(first)) }
 }
 
 /// Checks the body of a PATCH: `{"op": "zero", "size": N, ...}` or `{"op": "flush"}`.
@@ -325,6 +331,15 @@ mod tests {
         }
         assert_eq!(content_range(b"bytes 5-*/*"), Ok(5));
         assert_eq!(content_range(b"bytes 9-*/9"), Ok(9));
+    }
+
+    #[test]
+    fn numbers_beyond_any_disk_have_an_order() {
+        let (less, more) = (u128::from(u64::MAX), u128::from(u64::MAX) + 1);
+        assert!(Range::parse(format!("bytes={less}-{more}").as_bytes()).is_ok());
+        assert!(Range::parse(format!("bytes={more}-{less}").as_bytes()).is_err());
+        assert!(content_range(format!("bytes {less}-{more}/*").as_bytes()).is_ok());
+        assert!(content_range(format!("bytes {more}-{less}/*").as_bytes()).is_err());
     }
 
     #[test]

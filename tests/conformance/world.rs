@@ -139,15 +139,17 @@ fn serve_chain(directory: &Path) -> QemuNbd {
         changes.push(format!("write -z {}k 32k", cluster * 64 + 64));
     }
     write(&image, &changes.iter().map(String::as_str).collect::<Vec<_>>());
-    settle(&[&base, &image]);
+    settle(&base);
+    settle(&image);
     QemuNbd::start(directory, &["--format=qcow2", "-A", "-x", "vda", "--bitmap=b0", path(&image)])
 }
 
-/// What the storage says of a file's holes changes while what was written is on its way to the disk.
-fn settle(images: &[&Path]) {
-    for image in images {
-        std::fs::File::open(image).unwrap().sync_all().unwrap();
-    }
+/// Writes a file's every byte anew. What QEMU zeroed is allocated and not written; a file system calls that a hole until
+/// somebody has read it, and data as long as the page cache then has it (Linux, `mapping_seek_hole_data`).
+fn settle(image: &Path) {
+    let bytes = std::fs::read(image).unwrap();
+    std::fs::remove_file(image).unwrap();
+    std::fs::write(image, bytes).unwrap();
 }
 
 /// A raw image: no bitmap, no allocation depth.
@@ -155,6 +157,5 @@ fn serve_raw(directory: &Path) -> QemuNbd {
     let image = directory.join("disk.raw");
     run("qemu-img", &["create", "-q", "-f", "raw", path(&image), "1M"]);
     run("qemu-io", &["-f", "raw", "-c", "write -P 9 64k 4k", path(&image)]);
-    settle(&[&image]);
     QemuNbd::start(directory, &["--format=raw", path(&image)])
 }

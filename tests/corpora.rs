@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use properties::TARGETS;
 
 fn corpus() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus")
+    Path::new("fuzz/corpus").to_owned()
 }
 
 fn inputs(target: &str) -> Vec<(PathBuf, Vec<u8>)> {

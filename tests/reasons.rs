@@ -21,7 +21,7 @@ fn sources(dir: &Path, into: &mut String) {
 fn every_reason_is_produced_on_a_real_cluster() {
     let mut tests = String::new();
     for dir in ["tests/cluster", "tests/survival"] {
-        sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join(dir), &mut tests);
+        sources(Path::new(dir), &mut tests);
     }
     let named = |reason: &&Reason| tests.contains(&format!("\"{reason}\""));
     let unproved: Vec<_> = Reason::ALL.iter().filter(|reason| !named(reason)).collect();

@@ -12,7 +12,7 @@ use virtmark_bed::{Disk, Plan, down, wait_until};
 /// The `bed` executable, beside which operator and agent are.
 fn bed() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bed"));
-    command.args(["--repository", concat!(env!("CARGO_MANIFEST_DIR"), "/..")]);
+    command.args(["--repository", ".."]);
     command
 }
 

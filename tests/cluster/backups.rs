@@ -58,7 +58,7 @@ fn the_integrators_example_does_the_whole_round() -> Result<()> {
     rig.vm.write("vdb", 0, 4096, 0xa5)?;
     let python =
         std::env::var_os("VIRTMARK_PYTHON").context("VIRTMARK_PYTHON is not set: run `make test`")?;
-    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/backup.py");
+    let examples = "examples/backup.py";
     let output = Command::new(python)
         .args([examples, "--namespace", "vms", "example"])
         .arg(rig.files.path())

@@ -141,7 +141,7 @@ fn repeat(mut text: String, mark: &str, made: impl Fn(usize) -> String) -> Strin
 
 /// The folder of the suite.
 pub(crate) fn folder() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance"))
+    Path::new("tests/conformance")
 }
 
 /// Every case, by its file.

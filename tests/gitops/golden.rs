@@ -71,7 +71,7 @@ pub fn settle(recorded: &Objects, bed: &Path) -> Result<()> {
 }
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gitops/objects")
+    Path::new("tests/gitops/objects").to_owned()
 }
 
 fn normalised(objects: &Objects, bed: &Path) -> Result<Objects> {

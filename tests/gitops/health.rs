@@ -33,7 +33,7 @@ pub struct Answer {
 
 /// The argocd-cm that is shipped.
 pub fn argocd_cm() -> Result<Value> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/gitops/argocd/argocd-cm.yaml");
+    let path = "gitops/argocd/argocd-cm.yaml";
     Ok(serde_saphyr::from_str(&fs::read_to_string(path)?)?)
 }
 

@@ -102,7 +102,7 @@ fn kubectl_merges_the_script_into_an_argocd_cm() -> Result<()> {
     let theirs = json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {"url": "https://argo"},
         "metadata": {"name": "argocd-cm", "namespace": "argocd"}});
     base.write_all(theirs.to_string().as_bytes())?;
-    let patch = concat!("--patch-file=", env!("CARGO_MANIFEST_DIR"), "/gitops/argocd/argocd-cm.yaml");
+    let patch = "--patch-file=gitops/argocd/argocd-cm.yaml";
     let output = Command::new("kubectl")
         .env("PATH", kubectl::search_path()?)
         .args(["patch", "--local", "--type=merge", "-o", "json", patch, "-f"])
@@ -121,7 +121,7 @@ fn kubectl_merges_the_script_into_an_argocd_cm() -> Result<()> {
 
 #[test]
 fn the_page_has_the_table_that_is_tested() -> Result<()> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/gitops.md");
+    let path = "docs/gitops.md";
     let marks = ("<!-- the table of tests/gitops/expected.rs -->\n", "<!-- end of the table -->\n");
     let page = std::fs::read_to_string(path)?;
     let (before, rest) = page.split_once(marks.0).context("the page has no place for the table")?;

@@ -1,11 +1,13 @@
-//! Writing to the Kubernetes API: the only file that names its parameters. It decides nothing.
+//! Writing to the Kubernetes API, and watching it: the only file that names its parameters. It decides nothing.
 //!
 //! Status is written whole, at the resourceVersion it was computed from; a conflict means compute again.
 
 use std::fmt::Debug;
 
+use futures::StreamExt as _;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -37,6 +39,25 @@ where
 {
     let newest = api.get_metadata_opt(&object.name_any()).await?;
     Ok(newest.is_some_and(|newest| newest.metadata.resource_version == object.resource_version()))
+}
+
+/// A controller of what `config` selects. `left` hears of what leaves the watch, by whatever door: it is selected no
+/// more, it was deleted, or it was deleted by force, which nobody was asked about.
+pub fn controller<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    left: impl Fn(&K) + Send + 'static,
+) -> Controller<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let (reader, writer) = reflector::store();
+    let changes = reflector(writer, watcher(api, config)).inspect(move |event| {
+        if let Ok(watcher::Event::Delete(object)) = event {
+            left(object);
+        }
+    });
+    Controller::for_stream(changes.applied_objects(), reader)
 }
 
 /// Creates `object`. Answers false when one of this name is there already.

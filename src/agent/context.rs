@@ -201,6 +201,7 @@ impl Context {
     /// Forgets what the state directory has of a backup that ended. Its transfers still ask the registry
     /// how it ended; the sweep forgets it there.
     pub fn release(&self, uid: &str) {
+        self.registry.unclaim(uid);
         if let Err(error) = self.host.state.forget(uid) {
             tracing::warn!(backup = uid, %error, "the record of an ended backup was not removed");
         }

@@ -10,7 +10,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 /// An open folder.
@@ -52,6 +52,15 @@ impl Folder {
         let folder = self.folder(name)?;
         rustix::fs::fchmod(&folder.fd, Mode::RWXU)?;
         Ok(folder)
+    }
+
+    /// Locks it for as long as it is open; whether it did, or another open one has the lock.
+    pub(super) fn lock(&self) -> io::Result<bool> {
+        match rustix::fs::flock(&self.fd, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Where it is.

@@ -180,6 +180,11 @@ impl Live {
         served.absent_since
     }
 
+    /// The transfers that are open and whose reading cannot be seen.
+    pub fn unseen_transfers(&self) -> Vec<String> {
+        self.served().unseen.iter().cloned().collect()
+    }
+
     /// Whether a transfer is open whose reading cannot be seen.
     pub fn has_unseen(&self) -> bool {
         !self.served().unseen.is_empty()
@@ -199,6 +204,8 @@ pub struct Registry {
 struct Inner {
     live: HashMap<String, Arc<Live>>,
     transfers: HashMap<String, HashSet<ObjectRef<ImageTransfer>>>,
+    /// By the domain's uuid, the uid of the one backup that may work on it.
+    claims: HashMap<String, String>,
     checkpoints: HashSet<ObjectRef<VmCheckpoint>>,
 }
 
@@ -226,8 +233,28 @@ impl Registry {
         Arc::clone(self.inner().live.entry(uid.to_owned()).or_insert_with(|| Arc::new(live)))
     }
 
+    /// Claims the domain of `live`, the backup `uid`: only one backup works on a domain at a time. Answers the
+    /// one that does, if it is another.
+    pub fn claim(&self, uid: &str, live: &Live) -> Option<Arc<Live>> {
+        let mut inner = self.inner();
+        let holder = inner.claims.entry(live.vm_uuid.clone()).or_insert_with(|| uid.to_owned()).clone();
+        if holder == uid { None } else { inner.live.get(&holder).cloned() }
+    }
+
+    /// Gives up the claim of the backup `uid`, and looks at those that wait for it.
+    pub fn unclaim(&self, uid: &str) {
+        let mut inner = self.inner();
+        let claimed = inner.claims.iter().find(|(_, holder)| *holder == uid).map(|(vm, _)| vm.clone());
+        let Some(vm_uuid) = claimed else { return };
+        inner.claims.remove(&vm_uuid);
+        for (_, live) in inner.live.iter().filter(|(other, live)| *other != uid && live.vm_uuid == vm_uuid) {
+            let _ = self.wake_backup.unbounded_send(live.object.clone());
+        }
+    }
+
     /// Forgets a backup.
     pub fn remove(&self, uid: &str) {
+        self.unclaim(uid);
         let mut inner = self.inner();
         inner.live.remove(uid);
         inner.transfers.remove(uid);
@@ -277,5 +304,47 @@ impl Registry {
         for checkpoint in &inner.checkpoints {
             let _ = self.wake_checkpoint.unbounded_send(checkpoint.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::backup::life::Life;
+    use crate::api::QuiesceMode;
+
+    fn live(vm_uuid: &str, name: &str) -> Live {
+        Live::new(Record {
+            uid: name.to_owned(),
+            namespace: "vms".to_owned(),
+            name: name.to_owned(),
+            vm: "db01".to_owned(),
+            vm_uuid: vm_uuid.to_owned(),
+            bitmap: None,
+            disks: Vec::new(),
+            quiesce: QuiesceMode::None,
+            quiesce_seconds: 10,
+            life: Life::default(),
+        })
+    }
+
+    #[test]
+    fn one_backup_of_a_vm_works_and_the_next_is_woken() {
+        let (wake, mut woken) = futures::channel::mpsc::unbounded();
+        let registry =
+            Registry::new(wake, futures::channel::mpsc::unbounded().0, futures::channel::mpsc::unbounded().0);
+        let [a, b, other] =
+            [("v", "a"), ("v", "b"), ("w", "other")].map(|(vm, name)| registry.insert(name, live(vm, name)));
+        let holder = |uid: &str, live: &Live| registry.claim(uid, live).map(|live| live.object.name.clone());
+        assert_eq!(holder("a", &a), None);
+        assert_eq!(holder("a", &a), None, "it may ask again");
+        assert_eq!(holder("b", &b).as_deref(), Some("a"));
+        assert_eq!(holder("other", &other), None, "another VM is another matter");
+        registry.unclaim("b");
+        assert_eq!(holder("b", &b).as_deref(), Some("a"), "who has no claim gives none up");
+        registry.remove("a");
+        assert_eq!(woken.try_recv().map(|object| object.name).ok().as_deref(), Some("b"));
+        assert!(woken.try_recv().is_err(), "nobody else waits");
+        assert_eq!(holder("b", &b), None);
     }
 }

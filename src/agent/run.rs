@@ -1,5 +1,6 @@
 //! Puts the agent together and runs it until it is told to stop.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,16 +11,18 @@ use k8s_openapi::jiff::SignedDuration;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
 use kube::runtime::{Controller, watcher};
 use kube::{Api, ResourceExt as _};
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::backup::act::Host;
+use super::backup::life::Held;
 use super::certificate::Certificate;
 use super::config::Config;
 use super::context::{AgentError, Context};
 use super::cordon::Cordon;
 use super::inventory::Inventory;
 use super::registry::{Live, Registry};
-use super::state::StateDir;
+use super::state::{StateDir, StateLock};
 use super::transfer::StoredTicket;
 use super::{backup, checkpoint, cordon, heartbeat, scratch, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
@@ -40,6 +43,9 @@ const DOUBT: u64 = 12;
 /// How often an address is tried that is in use.
 const LISTEN: Duration = Duration::from_millis(200);
 
+/// How often the state directory of another agent is tried.
+const LOCKED: Duration = Duration::from_millis(500);
+
 /// How often served ranges are stored.
 const STORE: Duration = Duration::from_secs(5);
 
@@ -48,8 +54,9 @@ const STORE: Duration = Duration::from_secs(5);
 /// # Errors
 /// When it cannot start: the API server, the directories or the certificate.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
-    let client = cluster::connect(config.kubeconfig.as_deref()).await?;
     let state = StateDir::open(&config.state_dir, &config.run_dir)?;
+    let Some(_alone) = alone(&state, &config.state_dir, &stop).await? else { return Ok(()) };
+    let client = cluster::connect(config.kubeconfig.as_deref()).await?;
     let certificate = Certificate::load_or_make(&config).context("the image server's certificate")?;
     let tickets = Tickets::default();
     let (wake_backup, backups) = mpsc::unbounded();
@@ -86,13 +93,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let mine = watcher::Config::default().fields(&format!("status.nodeName={}", config.node_name));
     let settings = || ControllerConfig::default().concurrency(16);
     let stopped = || stop.clone().cancelled_owned();
-    let backup_controller = Controller::new(Api::<VmBackup>::all(client.clone()), mine.clone())
+    let (left, mut gone) = mpsc::unbounded();
+    let backup_left = left.clone();
+    let backup_controller =
+        cluster::controller(Api::<VmBackup>::all(client.clone()), mine.clone(), move |backup| {
+            tell_of(&backup_left, backup.uid());
+        })
         .with_config(settings())
         .reconcile_on(backups)
         .graceful_shutdown_on(stopped())
         .run(backup::reconcile::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("backup", result) });
-    let transfer_controller = Controller::new(Api::<ImageTransfer>::all(client.clone()), mine.clone())
+    let transfer_controller =
+        cluster::controller(Api::<ImageTransfer>::all(client.clone()), mine.clone(), move |transfer| {
+            tell_of(&left, transfer.status.as_ref().and_then(|status| status.backup_uid.clone()));
+        })
         .with_config(settings())
         .reconcile_on(transfers)
         .graceful_shutdown_on(stopped())
@@ -134,10 +149,22 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     };
     let kept = Arc::clone(&context);
     let keeper = async move {
-        // an object that was deleted by force leaves the watch without a word: ask, once in a while
-        for round in 1_u64.. {
-            tokio::time::sleep(STORE).await;
-            keep(&kept, round % DOUBT == 0).await;
+        let mut ticks = tokio::time::interval_at(Instant::now() + STORE, STORE);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut round = 0_u64;
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {
+                    round += 1;
+                    // what left the watch while it was down left without a word: ask, once in a while
+                    keep(&kept, round.is_multiple_of(DOUBT)).await;
+                }
+                Some(uid) = gone.next() => {
+                    if let Some(live) = kept.registry.find(&uid) {
+                        ask(&uid, &live, &kept).await;
+                    }
+                }
+            }
         }
     };
 
@@ -181,6 +208,34 @@ async fn serve_images(
     }
 }
 
+/// Waits until no other agent works with the state directory; `None` when it is told to stop meanwhile.
+async fn alone(state: &StateDir, path: &Path, stop: &CancellationToken) -> anyhow::Result<Option<StateLock>> {
+    let mut told = false;
+    loop {
+        if let Some(lock) = state.lock()? {
+            return Ok(Some(lock));
+        }
+        if !told {
+            told = true;
+            tracing::warn!(
+                state_dir = %path.display(),
+                "another agent works with this state directory: waiting for its end (one agent a node)"
+            );
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            () = tokio::time::sleep(LOCKED) => {}
+        }
+    }
+}
+
+fn tell_of(left: &mpsc::UnboundedSender<String>, backup: Option<String>) {
+    if let Some(backup) = backup {
+        // a closed channel means that the agent is shutting down
+        let _ = left.unbounded_send(backup);
+    }
+}
+
 /// Takes up what an earlier process of this agent left: its backups, and their tickets, so that a reader
 /// can go on with the one it has.
 fn adopt(context: &Context) -> anyhow::Result<()> {
@@ -201,6 +256,9 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
         let live = context.registry.insert(&uid, Live::new(record.clone()));
         // when a client last asked died with the process that knew: its idle time starts anew
         live.requested(clock::now());
+        if record.life.held != Held::default() {
+            context.registry.claim(&uid, &live);
+        }
         let socket = state.socket_of(&uid)?;
         let ours = tickets.into_iter().filter(|(transfer, stored)| stored.is_of(transfer, &record, &socket));
         for (_, stored) in ours.filter(|_| serving) {
@@ -231,14 +289,21 @@ async fn publish(
     loaded.publish(context).await
 }
 
+/// Asks whether a backup and its transfers are still there, and cleans after what is gone.
+async fn ask(uid: &str, live: &Live, context: &Context) {
+    let transfers = transfer::close_gone(uid, live, context).await;
+    let backup = backup::reconcile::clean_orphan(uid, live, context).await;
+    for error in [transfers.err(), backup.err()].into_iter().flatten() {
+        tracing::warn!(backup = uid, %error, "it is not known yet whether its object is gone");
+    }
+}
+
 /// Stores what was served, tells of progress, cleans after backups whose objects are gone, and forgets
 /// those that ended a while ago.
 async fn keep(context: &Context, doubt: bool) {
     for (uid, live) in context.registry.all() {
-        if (doubt || !live.confirmed.load(Ordering::Relaxed))
-            && let Err(error) = backup::reconcile::clean_orphan(&uid, &live, context).await
-        {
-            tracing::warn!(backup = uid, %error, "it is not known yet whether its object is gone");
+        if doubt || !live.confirmed.load(Ordering::Relaxed) {
+            ask(&uid, &live, context).await;
         }
         // held means busy: its own reconciler sees to it
         let Ok(record) = live.record.try_lock() else { continue };

@@ -35,6 +35,8 @@ pub struct Facts<'a> {
     pub drain_grace: SignedDuration,
     /// Disks that a block job holds.
     pub block_jobs: &'a [String],
+    /// The other VmBackup that works on the domain, if one does.
+    pub rival: Option<&'a str>,
     /// A backup job of somebody else runs on the domain.
     pub foreign_job: bool,
     /// Another job than a backup's runs on the domain.
@@ -101,6 +103,12 @@ pub fn ending(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Out
     None
 }
 
+/// Whether the wish that leads to an ending may have changed while it was on its way here: what was finalized may be
+/// cancelled, and deadlines are moved; but what is cancelled or deleted stays so.
+pub fn is_revocable(outcome: &Outcome) -> bool {
+    !matches!(outcome, Outcome::Failed(because) if matches!(because.reason, Reason::Cancelled | Reason::Deleted))
+}
+
 /// Why nothing may be begun on the host yet.
 pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Because> {
     if life.stage >= Stage::Quiesced || life.outcome.is_some() {
@@ -117,6 +125,10 @@ pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Becau
             let wait = Reason::VmNotRunning;
             return (spec.offline == OfflinePolicy::Wait).then(|| Because::new(wait, "the VM is off"));
         }
+    }
+    if let Some(rival) = facts.rival {
+        let message = format!("VmBackup {rival} of the same VM is not finished");
+        return Some(Because::new(Reason::BackupAlreadyRunning, message));
     }
     if facts.foreign_job {
         return because(
@@ -202,6 +214,7 @@ mod tests {
             cordoned_since: None,
             drain_grace: SignedDuration::from_secs(20),
             block_jobs: &[],
+            rival: None,
             foreign_job: false,
             other_job: false,
             missing: None,
@@ -298,6 +311,7 @@ mod tests {
             (Facts { domain: None, ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { domain: Some(DomainState::Busy), ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { domain: Some(DomainState::Off), ..facts(1) }, Some(Reason::VmNotRunning)),
+            (Facts { rival: Some("db01-a"), ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
             (Facts { foreign_job: true, ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
             (Facts { other_job: true, ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { block_jobs: &jobs, ..facts(1) }, Some(Reason::DisksLocked)),

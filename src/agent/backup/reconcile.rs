@@ -10,7 +10,7 @@ use kube::{Api, ResourceExt as _};
 
 use super::act::Job;
 use super::decide::{self, Facts};
-use super::life::{Action, Life, Outcome, Seen, Stage};
+use super::life::{Action, Held, Life, Outcome, Seen, Stage};
 use super::scratch;
 use super::status::{self, Observed};
 use crate::agent::registry::Live;
@@ -37,22 +37,20 @@ const RECOUNT: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// What could not be gathered or written; the caller tries again.
-pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<Requeue, AgentError> {
+pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Result<Requeue, AgentError> {
     let Some(uid) = backup.uid() else { return Ok(Requeue::await_change()) };
-    let Some(old) = backup.status.clone() else { return Ok(Requeue::await_change()) };
+    let Some(mut old) = backup.status.clone() else { return Ok(Requeue::await_change()) };
     if old.node_name.as_deref() != Some(&context.node) {
         return Ok(Requeue::await_change());
     }
     if old.phase.is_terminal() && conditions::is_true(&old.conditions, conditions::HOST_CLEAN) {
         context.release(&uid);
-        return Ok(Requeue::await_change());
+        return acknowledge(&backup, &old, &context).await;
     }
     let live = match context.registry.find(&uid) {
         Some(live) => live,
         None => {
-            let api =
-                Api::<VmBackup>::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default());
-            if !cluster::is_newest(&api, &*backup).await? {
+            if !cluster::is_newest(&api(&backup, &context), &*backup).await? {
                 // a backup that ended meanwhile must not be begun again from an old copy
                 return Ok(Requeue::requeue(SOON));
             }
@@ -79,9 +77,15 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
     loop {
         let facts = gathered.facts(&backup, &live, &record.life);
         record.life.observe(gathered.seen, facts.now);
-        if let Some(outcome) = decide::ending(&backup.spec, &record.life, &facts) {
+        let ending = decide::ending(&backup.spec, &record.life, &facts);
+        if let Some(outcome) = ending.filter(|_| record.life.outcome.is_none()) {
             if outcome == Outcome::Succeeded {
                 killpoint::reached(Step::FinalizeSeen);
+                let sealed = seal(&backup, &old, &live, &record, &gathered, &context).await?;
+                old = sealed.status.clone().unwrap_or(old);
+                backup = Arc::new(sealed);
+            } else if decide::is_revocable(&outcome) && !stands(&backup, &context).await {
+                return Ok(Requeue::requeue(SOON));
             }
             record.life.end(outcome);
         }
@@ -114,12 +118,58 @@ pub async fn reconcile(backup: Arc<VmBackup>, context: Arc<Context>) -> Result<R
     Ok(requeue(&backup, &live, &record, &gathered))
 }
 
+fn api(backup: &VmBackup, context: &Context) -> Api<VmBackup> {
+    Api::namespaced(context.client.clone(), &backup.namespace().unwrap_or_default())
+}
+
+/// Whether the spec that an ending was decided by is the newest. Bounds hold although the API server does not answer.
+async fn stands(backup: &VmBackup, context: &Context) -> bool {
+    cluster::is_newest(&api(backup, context), backup).await.unwrap_or(true)
+}
+
+/// Says that the finalize is obeyed, on the very spec that it was decided by: a cancel that came first is a conflict,
+/// and one that comes later comes too late.
+async fn seal(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    live: &Live,
+    record: &Record,
+    gathered: &Gathered,
+    context: &Context,
+) -> Result<VmBackup, AgentError> {
+    let mut sealed = record.clone();
+    sealed.life.end(Outcome::Succeeded);
+    let mut object = backup.clone();
+    object.metadata.managed_fields = None;
+    object.status = Some(describe(backup, old, live, &sealed, gathered, context)?);
+    Ok(cluster::replace_status(&api(backup, context), &object, api::AGENT).await?)
+}
+
+/// An edit after the end changes nothing, and was seen.
+async fn acknowledge(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    context: &Context,
+) -> Result<Requeue, AgentError> {
+    let generation = backup.metadata.generation;
+    if old.observed_generation != generation && backup.metadata.deletion_timestamp.is_none() {
+        let mut object = backup.clone();
+        object.metadata.managed_fields = None;
+        object.status = Some(VmBackupStatus { observed_generation: generation, ..old.clone() });
+        cluster::replace_status(&api(backup, context), &object, api::AGENT).await?;
+    }
+    Ok(Requeue::await_change())
+}
+
 /// Cleans the host after a backup whose object does not exist any more, or is another node's now.
 ///
 /// # Errors
 /// When the API server cannot be asked, or the host: the caller tries again.
 pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(), AgentError> {
     let mut record = live.record.lock().await;
+    if record.life.is_ended() {
+        return Ok(());
+    }
     let api = Api::<VmBackup>::namespaced(context.client.clone(), &record.namespace);
     let object = api.get_opt(&record.name).await?.filter(|object| object.uid().as_deref() == Some(uid));
     let node = object.and_then(|object| object.status?.node_name);
@@ -139,6 +189,7 @@ pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(
     if record.life.is_ended() {
         tracing::info!(backup = uid, vm = record.vm, "the host was cleaned after a backup that is gone");
         context.release(uid);
+        context.registry.wake_transfers(uid);
         context.registry.remove(uid);
     }
     Ok(())
@@ -149,6 +200,7 @@ struct Gathered {
     seen: Seen,
     domain: Option<api::DomainState>,
     block_jobs: Vec<String>,
+    rival: Option<String>,
     foreign_job: bool,
     other_job: bool,
     missing: Option<Vec<(String, u64)>>,
@@ -179,6 +231,7 @@ impl Gathered {
             cordoned_since: self.cordoned_since,
             drain_grace: self.drain_grace,
             block_jobs: &self.block_jobs,
+            rival: self.rival.as_deref(),
             foreign_job: self.foreign_job,
             other_job: self.other_job,
             missing: self.missing.as_deref(),
@@ -209,6 +262,14 @@ async fn gather(
         // a successor must not ask for what was read before the finalize
         context.store_coverage(&record.uid, live);
     }
+    let rival = match record.life.outcome {
+        None => context.registry.claim(&record.uid, live).map(|rival| {
+            // it may be gone by force: then its end is what this one waits for
+            rival.confirmed.store(false, Ordering::Relaxed);
+            rival.object.name.clone()
+        }),
+        Some(_) => None,
+    };
     let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
     let starting = record.life.stage < Stage::Begun && record.life.outcome.is_none();
     let elsewhere = if starting && !active { context.elsewhere(&record.vm_uuid).await? } else { None };
@@ -230,6 +291,7 @@ async fn gather(
         drain_grace: context.drain_grace,
         domain: listed.map(|listed| listed.state),
         block_jobs,
+        rival,
         foreign_job: job == Job::Foreign,
         other_job: job == Job::Other,
         missing,
@@ -316,14 +378,15 @@ fn after(action: Action) -> Step {
     }
 }
 
-async fn write_status(
+/// The status of what was gathered.
+fn describe(
     backup: &VmBackup,
     old: &VmBackupStatus,
     live: &Live,
     record: &Record,
     gathered: &Gathered,
     context: &Context,
-) -> Result<Phase, AgentError> {
+) -> Result<VmBackupStatus, AgentError> {
     let socket = context.host.state.socket_of(&record.uid).map_err(AgentError::State)?;
     let observed = Observed {
         generation: backup.metadata.generation,
@@ -334,7 +397,18 @@ async fn write_status(
         missing: &live.missing(),
         now: clock::now(),
     };
-    let mut new = status::status(old, &observed);
+    Ok(status::status(old, &observed))
+}
+
+async fn write_status(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    live: &Live,
+    record: &Record,
+    gathered: &Gathered,
+    context: &Context,
+) -> Result<Phase, AgentError> {
+    let mut new = describe(backup, old, live, record, gathered, context)?;
     if old.phase.is_terminal() {
         // its end is told already: only say that the host is clean now
         let clean = conditions::get(&new.conditions, conditions::HOST_CLEAN).cloned();
@@ -343,11 +417,10 @@ async fn write_status(
     }
     let phase = new.phase;
     if new != *old {
-        let api = Api::<VmBackup>::namespaced(context.client.clone(), &record.namespace);
         let mut object = backup.clone();
         object.metadata.managed_fields = None;
         object.status = Some(new.clone());
-        cluster::replace_status(&api, &object, api::AGENT).await?;
+        cluster::replace_status(&api(backup, context), &object, api::AGENT).await?;
         match phase {
             Phase::Ready => killpoint::reached(Step::ReadyWritten),
             phase if phase.is_terminal() => killpoint::reached(Step::TerminalWritten),
@@ -429,6 +502,13 @@ async fn adopt(
         image: None,
         in_checkpoint: disk.in_checkpoint,
     });
+    let mut life = Life::default();
+    if matches!(status.phase, Phase::Ready | Phase::Finalizing) {
+        // never a second point in time: what was read of the first one is not known any more
+        let message = "this agent's record of it is lost: what was served is not known";
+        life.held = Held { files: true, checkpoint: bitmap.is_some(), ..Held::default() };
+        life.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
+    }
     let record = Record {
         uid: uid.clone(),
         namespace,
@@ -439,7 +519,7 @@ async fn adopt(
         disks: disks.collect(),
         quiesce: quiesce.mode,
         quiesce_seconds: quiesce.timeout_seconds,
-        life: Life::default(),
+        life,
     };
     Ok(Some(context.registry.insert(&uid, Live::new(record))))
 }

@@ -80,7 +80,8 @@ pub fn status(old: &VmBackupStatus, observed: &Observed<'_>) -> VmBackupStatus {
     let mut new = old.clone();
     new.observed_generation = observed.generation;
     new.phase = phase;
-    new.ready_time = life.ready_at.map(|at| Time(conditions::whole_seconds(at)));
+    new.ready_time =
+        old.ready_time.clone().or_else(|| life.ready_at.map(|at| Time(conditions::whole_seconds(at))));
     new.frozen_milliseconds = life.frozen_milliseconds();
     if phase.is_terminal() && new.completion_time.is_none() {
         new.completion_time = Some(Time(conditions::whole_seconds(observed.now)));

@@ -4,6 +4,7 @@
 //!   STATE/backups/<backup uid>/record.json          what was planned, done, and may be on the host
 //!                             /coverage-<disk>      which bytes were served
 //!                             /ticket-<transfer uid>.json   0600: it holds the bearer secret
+//!   STATE/backups                                   locked by the one agent that works with it
 //!   RUN/<backup uid>/          scratch images and the NBD socket, owned by the VM's QEMU
 //! ```
 //!
@@ -65,6 +66,12 @@ pub enum StateError {
     NoRecord(PathBuf),
 }
 
+/// The right to work with a state directory. It ends with the value, or with the process, whatever ends that.
+#[derive(Debug)]
+pub struct StateLock {
+    _folder: Folder,
+}
+
 /// The state directory.
 #[derive(Clone, Debug)]
 pub struct StateDir {
@@ -84,6 +91,16 @@ impl StateDir {
         let passable = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
         Folder::make(&dir.run, passable).map_err(io_error(&dir.run))?;
         Ok(dir)
+    }
+
+    /// The right to work with this directory; `None` while another agent has it.
+    ///
+    /// # Errors
+    /// When it cannot be locked.
+    pub fn lock(&self) -> Result<Option<StateLock>, StateError> {
+        let folder = self.backups()?;
+        let locked = folder.lock().map_err(io_error(&self.state))?;
+        Ok(locked.then_some(StateLock { _folder: folder }))
     }
 
     /// The folder of a backup in the run directory.

@@ -105,3 +105,14 @@ fn a_run_folder_is_new_and_what_was_there_is_gone_but_nothing_outside() {
     assert!(state.stray_runs().unwrap().is_empty());
     assert_eq!(fs::read_to_string(&outside).unwrap(), "as it was");
 }
+
+#[test]
+fn one_agent_at_a_time_works_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(&dir.path().join("s"), &dir.path().join("r")).unwrap();
+    let held = state.lock().unwrap();
+    assert!(held.is_some());
+    assert!(state.lock().unwrap().is_none(), "a second one got it too");
+    drop(held);
+    assert!(state.lock().unwrap().is_some(), "nobody has it any more");
+}

@@ -5,14 +5,14 @@
 
 pub mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
-use kube::api::ObjectMeta;
+use kube::api::{ListParams, ObjectMeta};
 use kube::runtime::controller::Action as Requeue;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _, ResourceExt as _};
@@ -68,12 +68,12 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
     let (Some(uid), Some(old)) = (transfer.uid(), transfer.status.clone()) else {
         return Ok(Requeue::await_change());
     };
-    let clean = conditions::is_true(&old.conditions, conditions::HOST_CLEAN);
-    let Some(backup_uid) = old.backup_uid.clone().filter(|_| !clean) else {
-        return Ok(Requeue::await_change());
-    };
+    let Some(backup_uid) = old.backup_uid.clone() else { return Ok(Requeue::await_change()) };
     if old.node_name.as_deref() != Some(&context.node) {
         return Ok(Requeue::await_change());
+    }
+    if conditions::is_true(&old.conditions, conditions::HOST_CLEAN) {
+        return acknowledge(&transfer, &old, &context).await;
     }
     context.registry.follow(&backup_uid, ObjectRef::from_obj(&*transfer));
 
@@ -108,6 +108,11 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
     };
     let ends = matches!(standing, Standing::Ended(..));
     if ends {
+        if record.life.outcome.is_none() && !cluster::is_newest(&api(&transfer, &context), &*transfer).await?
+        {
+            // what was finalized may be cancelled in the newer one, which is on its way here
+            return Ok(Requeue::requeue(SOON));
+        }
         end(&transfer, &uid, &live, &record, &standing, &context).await?;
     }
     let observed = observe(&transfer, standing, Some(&live), Some(&record), &context);
@@ -117,6 +122,50 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         context.wake_backup(&backup_uid);
     }
     requeue
+}
+
+fn api(transfer: &ImageTransfer, context: &Context) -> Api<ImageTransfer> {
+    Api::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default())
+}
+
+/// An edit after the end changes nothing, and was seen.
+async fn acknowledge(
+    transfer: &ImageTransfer,
+    old: &ImageTransferStatus,
+    context: &Context,
+) -> Result<Requeue, AgentError> {
+    let generation = transfer.metadata.generation;
+    if old.observed_generation != generation && transfer.meta().deletion_timestamp.is_none() {
+        let mut object = transfer.clone();
+        object.metadata.managed_fields = None;
+        object.status = Some(ImageTransferStatus { observed_generation: generation, ..old.clone() });
+        cluster::replace_status(&api(transfer, context), &object, api::AGENT).await?;
+    }
+    Ok(Requeue::await_change())
+}
+
+/// Closes the ways to the bytes of the backup `uid` whose transfers are gone without a word: deleted by force.
+///
+/// # Errors
+/// When the API server cannot be asked, or a ticket cannot be forgotten.
+pub async fn close_gone(uid: &str, live: &Live, context: &Context) -> Result<(), AgentError> {
+    let tickets = live.tickets().into_iter().filter(|transfer| context.tickets.stats(transfer).is_some());
+    let open: Vec<_> = tickets.chain(live.unseen_transfers()).collect();
+    if open.is_empty() {
+        return Ok(());
+    }
+    let (namespace, name) = (live.object.namespace.clone().unwrap_or_default(), &live.object.name);
+    let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
+    let of_backup = ListParams::default().fields(&format!("spec.backup={name}"));
+    let known: HashSet<_> =
+        api.list_metadata(&of_backup).await?.iter().filter_map(|transfer| transfer.uid()).collect();
+    for transfer in open.iter().filter(|transfer| !known.contains(*transfer)) {
+        context.last_request(live, clock::now());
+        context.tickets.end(transfer, End::Canceled);
+        live.unseen(transfer, false);
+        context.host.state.remove_ticket(uid, transfer)?;
+    }
+    Ok(())
 }
 
 /// What an ended backup makes of its transfers.
@@ -336,10 +385,7 @@ async fn write(
     // the reflector's copy is as old as our last write at most; progress alone is told by the timer's pace
     let since = if new.phase == old.phase { PROGRESS_SECONDS } else { 0 };
     if status::is_worth_writing(old, &new, since) {
-        let api = Api::<ImageTransfer>::namespaced(
-            context.client.clone(),
-            &transfer.namespace().unwrap_or_default(),
-        );
+        let api = api(transfer, context);
         if !cluster::is_newest(&api, transfer).await? {
             // the newer one is on its way here
             return Ok(Requeue::requeue(SOON));

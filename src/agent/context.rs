@@ -178,13 +178,17 @@ impl Context {
         live.last_request()
     }
 
-    /// Stores what was served of each disk: what is not stored counts as unread after a crash.
-    pub fn store_coverage(&self, uid: &str, live: &Live) {
+    /// Stores what was served of each disk: what is not stored counts as unread after a crash. Whether all is stored.
+    pub fn store_coverage(&self, uid: &str, live: &Live) -> bool {
+        let mut stored = true;
         for (disk, encoded) in live.to_store() {
             if let Err(error) = self.host.state.store_coverage(uid, &disk, &encoded) {
                 tracing::warn!(backup = uid, disk, %error, "coverage was not stored");
+                live.not_stored(&disk);
+                stored = false;
             }
         }
+        stored
     }
 
     /// Ends every ticket of a backup, and waits a little for their requests.

@@ -93,6 +93,13 @@ impl Live {
         moved.collect()
     }
 
+    /// Notes that the coverage of a disk was not stored after all.
+    pub fn not_stored(&self, disk: &str) {
+        if let Some(kept) = self.served().coverage.get_mut(disk) {
+            kept.stored = u64::MAX;
+        }
+    }
+
     fn served(&self) -> MutexGuard<'_, Served> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -258,10 +258,8 @@ async fn gather(
         .unwrap_or_default();
     let seen = Seen { active, our_job: job == Job::Ours };
     let finalizing = backup.spec.state == DesiredState::Finalized && record.life.is_serving() && seen.our_job;
-    if finalizing {
-        // a successor must not ask for what was read before the finalize
-        context.store_coverage(&record.uid, live);
-    }
+    // a successor must not ask for what was read before the finalize
+    let finalizing = finalizing && context.store_coverage(&record.uid, live);
     let rival = match record.life.outcome {
         None => context.registry.claim(&record.uid, live).map(|rival| {
             // it may be gone by force: then its end is what this one waits for

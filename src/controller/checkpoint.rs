@@ -10,9 +10,10 @@ use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
 use super::context::{Parting, is_host_clean, parting};
+use super::domain::publish::node_of;
 use super::{Context, OperatorError};
 use crate::api::conditions::{self, Observation, Truth};
-use crate::api::{self, DomainState, LibvirtDomain, Phase, VmBackup, VmCheckpoint, VmCheckpointStatus};
+use crate::api::{self, LibvirtDomain, Phase, VmBackup, VmCheckpoint, VmCheckpointStatus};
 use crate::clock;
 use crate::cluster;
 use crate::reason::{Because, Reason};
@@ -91,8 +92,9 @@ pub async fn reconcile(
     let domain = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace)
         .get_opt(&checkpoint.spec.vm)
         .await?;
+    let is_its_vm = |domain: &LibvirtDomain| domain.spec.uuid == checkpoint.spec.vm_uuid;
     if checkpoint.metadata.deletion_timestamp.is_none() {
-        let replaced = domain.is_some_and(|domain| domain.spec.uuid != checkpoint.spec.vm_uuid);
+        let replaced = domain.is_some_and(|domain| !is_its_vm(&domain));
         if replaced && is_usable(&checkpoint) {
             let because = Because::new(Reason::VmReplaced, "another VM has the name now");
             let new = describe(&old, Phase::Failed, &because, checkpoint.metadata.generation, now);
@@ -103,19 +105,20 @@ pub async fn reconcile(
     }
 
     if old.node_name.is_none() {
-        let here = domain.filter(|domain| domain.spec.uuid == checkpoint.spec.vm_uuid);
-        let status = here.and_then(|domain| domain.status);
-        let gone = status.as_ref().is_none_or(|status| status.state == Some(DomainState::Missing));
+        // published here, or judged by us when it was: nobody names another's VM to have its bitmaps removed
+        let is_ours = domain.as_ref().is_some_and(is_its_vm)
+            || conditions::get(&old.conditions, conditions::USABLE).is_some();
+        let holder = if is_ours { holder(&checkpoint, &context).await } else { None };
         // one whose backup failed was cleaned by its agent: its backup's reconciler releases it
         let running = unfinished(&checkpoint, &context).await?;
-        if let Some(running) = running.filter(|_| !gone) {
+        if let Some(running) = running.filter(|_| holder.is_some()) {
             let message = format!("VmBackup {running} of the VM runs: the bitmaps are removed when it ends");
             let because = Because::new(Reason::CheckpointBusy, message);
             let new = describe(&old, Phase::Finalizing, &because, checkpoint.metadata.generation, now);
             write(&api, &checkpoint, &old, new).await?;
             return Ok(Requeue::requeue(Duration::from_secs(5)));
         }
-        match status.and_then(|status| status.node_name).filter(|_| !gone) {
+        match holder {
             Some(node) if context.node_health(&node).await? != NodeHealth::Gone => {
                 let because =
                     Because::new(Reason::Finalizing, format!("the agent of node {node} removes the bitmaps"));
@@ -152,7 +155,15 @@ pub async fn reconcile(
     Ok(Requeue::await_change())
 }
 
-/// A checkpoint that was made for a backup that was then never bound, and is gone, is nobody's.
+/// The node that has the checkpoint's VM. Its LibvirtDomain may be gone before it, with their namespace.
+async fn holder(checkpoint: &VmCheckpoint, context: &Context) -> Option<String> {
+    // an error means that the operator is shutting down
+    context.sightings.wait_until_ready().await.ok()?;
+    let seen: Vec<_> = context.sightings.state().iter().map(|sighting| sighting.spec.clone()).collect();
+    node_of(&seen, &checkpoint.spec.vm_uuid)
+}
+
+/// A checkpoint that was made for a backup that was then not bound with it, and is gone or has ended, is nobody's.
 async fn remove_unfinished(
     checkpoint: &VmCheckpoint,
     api: &Api<VmCheckpoint>,
@@ -165,10 +176,19 @@ async fn remove_unfinished(
     let backups =
         Api::<VmBackup>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
     let of_vm = ListParams::default().fields(&format!("spec.vm={}", checkpoint.spec.vm));
-    if !backups.list(&of_vm).await?.iter().any(|backup| backup.uid().as_ref() == Some(uid)) {
+    let backups = backups.list(&of_vm).await?;
+    if !backups.iter().any(|backup| backup.uid().as_ref() == Some(uid) && may_be_bound(backup, checkpoint)) {
         cluster::delete(api, &checkpoint.name_any(), checkpoint.uid()).await?;
     }
     Ok(Requeue::requeue(SAFETY_NET))
+}
+
+/// Whether a backup has the checkpoint, or may still come to have it. What it has is settled with it: one that failed,
+/// with a clean host, has none, and a checkpoint of its name was made by an operator that came too late.
+fn may_be_bound(backup: &VmBackup, checkpoint: &VmCheckpoint) -> bool {
+    let status = backup.status.clone().unwrap_or_default();
+    let is_settled = status.phase != Phase::Succeeded && is_host_clean(&status.conditions);
+    !status.phase.is_terminal() || (!is_settled && status.to_checkpoint == checkpoint.metadata.name)
 }
 
 /// The name of an unfinished, bound backup of the checkpoint's VM.

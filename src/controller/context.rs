@@ -14,7 +14,7 @@ use kube::{Api, Client, Resource, ResourceExt as _};
 use super::backup::resolve::NodeHealth;
 use super::nodes;
 use crate::api::conditions;
-use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
+use crate::api::{self, DomainSighting, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
 use crate::cluster::Events;
 
@@ -71,6 +71,7 @@ pub struct Context {
     pub(super) backups: Store<VmBackup>,
     pub(super) transfers: Store<ImageTransfer>,
     pub(super) checkpoints: Store<VmCheckpoint>,
+    pub(super) sightings: Store<DomainSighting>,
     pub(super) wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
     pub(super) wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
     pub(super) wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,

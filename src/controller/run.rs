@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::{StreamExt as _, channel::mpsc};
+use futures::{StreamExt as _, TryStreamExt as _, channel::mpsc, stream};
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::jiff::SignedDuration;
+use kube::core::PartialObjectMeta;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::reflector::store::Writer;
 use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
@@ -16,11 +18,15 @@ use super::config::Config;
 use super::context::{Context, OperatorError};
 use super::lead::{Candidate, lead};
 use super::{backup, checkpoint, domain, nodes, transfer};
-use crate::api::{self, DomainSighting, ImageTransfer, VmBackup, VmCheckpoint};
+use crate::api::{self, DomainSighting, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
 use crate::cluster::{self, Events};
 
 /// How often the inventory is compared although no sighting changed.
 const SAFETY_NET: Duration = Duration::from_secs(60);
+
+/// How soon to try again what could not be published, at first and in the end.
+const AGAIN: Duration = Duration::from_secs(1);
+const AT_MOST: Duration = Duration::from_secs(10);
 
 /// Runs the operator until `stop`: it works while it leads.
 ///
@@ -45,9 +51,14 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
     let (wake_transfer, woken_transfers) = mpsc::unbounded();
     let (wake_checkpoint, woken_checkpoints) = mpsc::unbounded();
     let any = watcher::Config::default;
-    let backups = Controller::new(Api::<VmBackup>::all(client.clone()), any());
+    let (left, mut gone) = mpsc::unbounded();
+    let backups = cluster::controller(Api::<VmBackup>::all(client.clone()), any(), move |backup| {
+        // a closed channel means that the operator is shutting down
+        let _ = left.unbounded_send((backup.namespace().unwrap_or_default(), backup.clone()));
+    });
     let transfers = Controller::new(Api::<ImageTransfer>::all(client.clone()), any());
     let checkpoints = Controller::new(Api::<VmCheckpoint>::all(client.clone()), any());
+    let (sightings, seen) = reflector::store();
     let context = Arc::new(Context {
         client: client.clone(),
         events: Events::new(client.clone(), api::OPERATOR, None),
@@ -57,6 +68,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         backups: backups.store(),
         transfers: transfers.store(),
         checkpoints: checkpoints.store(),
+        sightings,
         wake_backup,
         wake_transfer,
         wake_checkpoint,
@@ -79,44 +91,64 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         .reconcile_on(woken_checkpoints)
         .run(checkpoint::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("VmCheckpoint", result) });
+    // what hangs on a backup that was deleted by force is told of nobody else
+    let hanging = async {
+        while let Some((namespace, backup)) = gone.next().await {
+            context.wake_vm(&namespace, &backup.spec.vm);
+            context.wake_transfers(&namespace, &backup.name_any());
+        }
+    };
     tokio::select! {
+        () = hanging => {}
         () = backups => {}
         () = transfers => {}
         () = checkpoints => {}
-        () = inventory(config, &context) => {}
+        () = inventory(config, seen, &context) => {}
         () = nodes::follow(&context) => {}
     }
 }
 
-/// Follows the sightings.
-async fn inventory(config: &Config, context: &Context) {
-    let api = Api::<DomainSighting>::namespaced(context.client.clone(), &config.system_namespace);
-    let (sightings, writer) = reflector::store();
-    let mut changes = watcher(api, watcher::Config::default()).default_backoff().reflect(writer).boxed();
+/// Follows the sightings, and publishes again what somebody deleted.
+async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Context) {
+    let sightings = Api::<DomainSighting>::namespaced(context.client.clone(), &config.system_namespace);
+    let domains = Api::<PartialObjectMeta<LibvirtDomain>>::namespaced(
+        context.client.clone(),
+        &config.domains_namespace,
+    );
+    let any = watcher::Config::default;
+    // a list is whole only when it is done
+    let seen = watcher(sightings, any())
+        .default_backoff()
+        .reflect(writer)
+        .map_ok(|event| !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_)));
+    let deleted =
+        watcher(domains, any()).default_backoff().map_ok(|event| matches!(event, watcher::Event::Delete(_)));
+    let mut changes = stream::select(seen.boxed(), deleted.boxed());
     let grace = SignedDuration::from_secs(config.missing_grace_seconds.into());
+    let mut pause = SAFETY_NET;
     loop {
         tokio::select! {
             change = changes.next() => match change {
                 None => return,
                 Some(Err(error)) => {
-                    tracing::warn!(%error, "watching DomainSightings");
+                    tracing::warn!(%error, "watching the inventory");
                     continue;
                 }
-                // a list is whole only when it is done
-                Some(Ok(watcher::Event::Init | watcher::Event::InitApply(_))) => continue,
-                Some(Ok(_)) => {}
+                Some(Ok(false)) => continue,
+                Some(Ok(true)) => {}
             },
             () = context.nodes_changed.notified() => {}
-            () = tokio::time::sleep(SAFETY_NET) => {}
+            () = tokio::time::sleep(pause) => {}
         }
-        while let Err(error) =
-            domain::publish_all(&sightings, &config.domains_namespace, grace, context).await
-        {
-            if !error.is_conflict() {
+        // what cannot be published now, in a namespace that is being deleted, say, does not hold up what is seen
+        pause = match domain::publish_all(&config.domains_namespace, grace, context).await {
+            Ok(()) => SAFETY_NET,
+            Err(error) if error.is_conflict() => Duration::ZERO,
+            Err(error) => {
                 tracing::warn!(%error, "the inventory was not published");
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                if pause == SAFETY_NET { AGAIN } else { (pause * 2).clamp(AGAIN, AT_MOST) }
             }
-        }
+        };
     }
 }
 

@@ -22,6 +22,12 @@ use crate::step::Step;
 
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
+/// Whether a transfer was made with a backup that is gone: a later one of the same name makes its own. Pure.
+fn is_orphan(transfer: &ImageTransfer, backup: Option<&VmBackup>) -> bool {
+    let made_for = transfer.labels().get(api::LABEL_BACKUP);
+    made_for.is_some() && made_for != backup.and_then(|backup| backup.metadata.uid.as_ref())
+}
+
 /// What the operator makes of a transfer that is not bound. Pure.
 fn resolve(
     transfer: &ImageTransfer,
@@ -103,19 +109,24 @@ pub async fn reconcile(
     if transfer.metadata.deletion_timestamp.is_some() {
         return part(&transfer, &old, &api, &context).await;
     }
-    if old.phase.is_terminal() {
+    let is_done = old.phase.is_terminal();
+    if let Some(node) = old.node_name.as_ref().filter(|_| !is_done) {
+        return watch_node(&transfer, node, &old, &api, &context).await;
+    }
+    let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
+    let newest = cluster::is_newest(&api, &*transfer);
+    let (backup, newest) = futures::try_join!(backups.get_opt(&transfer.spec.backup), newest)?;
+    if is_orphan(&transfer, backup.as_ref()) {
+        cluster::delete(&api, &transfer.name_any(), transfer.uid()).await?;
+        return Ok(Requeue::await_change());
+    }
+    if is_done {
         let new = reaffirmed(&old, transfer.metadata.generation);
         if new != old {
             replace(&api, &transfer, new).await?;
         }
         return Ok(Requeue::await_change());
     }
-    if let Some(node) = &old.node_name {
-        return watch_node(&transfer, node, &old, &api, &context).await;
-    }
-    let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
-    let newest = cluster::is_newest(&api, &*transfer);
-    let (backup, newest) = futures::try_join!(backups.get_opt(&transfer.spec.backup), newest)?;
     if !newest {
         // the newer one is on its way here
         return Ok(Requeue::requeue(Duration::from_millis(50)));
@@ -260,6 +271,21 @@ mod tests {
             let found =
                 resolve(&transfer(state), backup).map(drop).map_err(|(phase, why)| (phase, why.reason));
             assert_eq!(found, expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_was_made_with_a_backup_goes_with_it() {
+        let bound = backup(json!({"phase": "Ready", "nodeName": "node-a"}));
+        let mut transfer = transfer("Running");
+        assert!(!is_orphan(&transfer, None), "a user's own waits for its backup");
+        for (what, label, backup, expected) in [
+            ("made with this one", "u", Some(&bound), false),
+            ("the name was used again", "old", Some(&bound), true),
+            ("the backup is gone", "u", None, true),
+        ] {
+            transfer.labels_mut().insert(api::LABEL_BACKUP.to_owned(), label.to_owned());
+            assert_eq!(is_orphan(&transfer, backup), expected, "{what}");
         }
     }
 }

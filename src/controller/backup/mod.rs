@@ -154,10 +154,17 @@ async fn make_transfers(backup: &VmBackup, context: &Context) -> Result<Duration
             killpoint::reached(Step::TransferMade);
             continue;
         }
-        if known.as_ref().is_none_or(|known| known.metadata.deletion_timestamp.is_some()) {
+        let is_going = |known: &ImageTransfer| {
+            // one that was made with an earlier backup of this name goes with that
+            let is_anothers = known.labels().contains_key(api::LABEL_BACKUP) && !is_ours(known);
+            known.metadata.deletion_timestamp.is_some() || is_anothers
+        };
+        if known.as_ref().is_none_or(is_going) {
             again = SOON;
         } else if !known.as_ref().is_some_and(is_ours) {
-            let message = format!("ImageTransfer {name} is there already and is another backup's: delete it");
+            let message = format!(
+                "ImageTransfer {name} is there already, and was not made with this backup: delete it"
+            );
             tracing::warn!(backup = backup.uid(), "{message}");
             context
                 .events
@@ -177,17 +184,42 @@ async fn accompany(
     let again = make_transfers(backup, context).await?;
     let now = clock::now();
     let node = context.node_health(old.node_name.as_deref().unwrap_or_default()).await?;
-    let Some(because) = given_up(backup, old, node, now) else { return Ok(Requeue::requeue(again)) };
+    let replaced = old.phase == Phase::Initializing && is_replaced(backup, old, context).await?;
+    let Some(because) = given_up(backup, old, node, replaced, now) else {
+        return Ok(Requeue::requeue(again));
+    };
     let new = status::failed(old, &because, false, backup.metadata.generation, now);
     write(&api(backup, context), backup, old, new, &because, true, context).await?;
     Ok(Requeue::requeue(Duration::ZERO))
 }
 
+/// Whether the VM's name is another VM's by now: its agent sees only that the one it was bound to is not there.
+async fn is_replaced(
+    backup: &VmBackup,
+    status: &VmBackupStatus,
+    context: &Context,
+) -> Result<bool, OperatorError> {
+    let namespace = backup.namespace().unwrap_or_default();
+    let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
+    let domain = domains.get_opt(&backup.spec.vm).await?;
+    Ok(domain.is_some_and(|domain| Some(&domain.spec.uuid) != status.vm_uuid.as_ref()))
+}
+
 /// Why a bound backup is ended without its agent. Pure.
-fn given_up(backup: &VmBackup, status: &VmBackupStatus, node: NodeHealth, now: Timestamp) -> Option<Because> {
+fn given_up(
+    backup: &VmBackup,
+    status: &VmBackupStatus,
+    node: NodeHealth,
+    replaced: bool,
+    now: Timestamp,
+) -> Option<Because> {
     let name = status.node_name.as_deref().unwrap_or_default();
     if node == NodeHealth::Gone {
         return Some(Because::new(Reason::NodeLost, format!("node {name} is gone")));
+    }
+    if replaced {
+        let message = format!("the name {} is another VM's now", backup.spec.vm);
+        return Some(Because::new(Reason::VmReplaced, message));
     }
     let silent = |what: &str| format!("not {what} in time, and the agent of node {name} does not answer");
     let late = |due: Timestamp| due.checked_add(GRACE).is_ok_and(|due| now >= due);
@@ -211,7 +243,8 @@ async fn finish(
     context: &Context,
 ) -> Result<Requeue, OperatorError> {
     let namespace = backup.namespace().unwrap_or_default();
-    settle(backup, old, false, context).await?;
+    settle(backup, old, is_host_clean(&old.conditions), context).await?;
+    acknowledge(backup, old, context).await?;
     context.wake_vm(&namespace, &backup.spec.vm);
     let reaffirmed = status::reaffirmed(old, backup.metadata.generation);
     if reaffirmed != *old {
@@ -230,11 +263,28 @@ async fn finish(
     Ok(Requeue::await_change())
 }
 
-/// Makes the checkpoint a base, or removes it; tells the inventory. `abandoned`: nobody will clean the host.
+/// An edit after the end changes nothing, and was seen. What was bound is its agent's to answer.
+async fn acknowledge(
+    backup: &VmBackup,
+    old: &VmBackupStatus,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    if old.node_name.is_some() || old.observed_generation == backup.metadata.generation {
+        return Ok(());
+    }
+    let mut object = backup.clone();
+    object.metadata.managed_fields = None;
+    object.status = Some(VmBackupStatus { observed_generation: backup.metadata.generation, ..old.clone() });
+    cluster::replace_status(&api(backup, context), &object, api::OPERATOR).await?;
+    Ok(())
+}
+
+/// Makes the checkpoint a base, or removes it; tells the inventory. `free`: nothing of it is on a host any more, or
+/// nobody will clean the host.
 async fn settle(
     backup: &VmBackup,
     status: &VmBackupStatus,
-    abandoned: bool,
+    free: bool,
     context: &Context,
 ) -> Result<(), OperatorError> {
     let namespace = backup.namespace().unwrap_or_default();
@@ -255,21 +305,22 @@ async fn settle(
             }
         }
     }
-    let Some(name) = &status.to_checkpoint else { return Ok(()) };
+    // one that was made, and then not bound, has its deterministic name
+    let name = status.to_checkpoint.clone().unwrap_or_else(|| desired::checkpoint_name(backup));
     let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
-    let Some(found) = checkpoints.get_opt(name).await? else { return Ok(()) };
+    let Some(found) = checkpoints.get_opt(&name).await? else { return Ok(()) };
     if status.phase == Phase::Succeeded {
         checkpoint::make_usable(&checkpoints, &found, clock::now()).await?;
         killpoint::reached(Step::CheckpointUsable);
         return Ok(());
     }
-    if checkpoint::is_usable(&found) || !(is_host_clean(&status.conditions) || abandoned) {
+    if checkpoint::is_usable(&found) || !free {
         return Ok(());
     }
     if found.meta().deletion_timestamp.is_none() {
-        cluster::delete(&checkpoints, name, found.uid()).await?;
+        cluster::delete(&checkpoints, &name, found.uid()).await?;
     }
-    if let Some(found) = checkpoints.get_opt(name).await? {
+    if let Some(found) = checkpoints.get_opt(&name).await? {
         cluster::release(&checkpoints, &found).await?;
     }
     Ok(())
@@ -311,7 +362,8 @@ async fn part(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Res
             cluster::delete(&transfers, &transfer.name_any(), transfer.uid()).await?;
         }
     }
-    settle(backup, old, parting == Parting::Abandon, context).await?;
+    // the parting says that the host is clean, or will not be cleaned
+    settle(backup, old, true, context).await?;
     killpoint::reached(Step::Settled);
     cluster::release(&api(backup, context), backup).await?;
     killpoint::reached(Step::FinalizerRemoved);
@@ -351,4 +403,39 @@ async fn replace(
 fn until(due: Timestamp, now: Timestamp) -> Duration {
     let milliseconds = due.as_millisecond().saturating_sub(now.as_millisecond()).max(10);
     Duration::from_millis(u64::try_from(milliseconds).unwrap_or(10))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_bound_backup_is_ended_without_its_agent_only_when_that_cannot() {
+        let backup: VmBackup = serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1",
+            "kind": "VmBackup", "metadata": {"name": "b", "creationTimestamp": "1970-01-01T00:00:00Z"},
+            "spec": {"vm": "db01", "startDeadlineSeconds": 100, "readyDeadlineSeconds": 1000}}))
+        .unwrap();
+        let waits: VmBackupStatus = serde_json::from_value(json!({"nodeName": "node-a"})).unwrap();
+        let ready: VmBackupStatus = serde_json::from_value(
+            json!({"nodeName": "node-a", "phase": "Ready", "readyTime": "1970-01-01T00:00:50Z"}),
+        )
+        .unwrap();
+        let (up, gone) = (NodeHealth::Up, NodeHealth::Gone);
+        let cases = [
+            ("its agent has time", &waits, up, false, 159, None),
+            ("not Ready, and silent", &waits, up, false, 160, Some(Reason::StartDeadlineExceeded)),
+            ("Ready", &ready, up, false, 1109, None),
+            ("not finalized, and silent", &ready, up, false, 1110, Some(Reason::ReadyDeadlineExceeded)),
+            ("its node is gone", &ready, gone, false, 1, Some(Reason::NodeLost)),
+            ("its VM is another", &waits, up, true, 1, Some(Reason::VmReplaced)),
+            ("a node that is NotReady may come back", &ready, NodeHealth::NotReady, false, 1, None),
+        ];
+        for (what, status, node, replaced, now, expected) in cases {
+            let now = Timestamp::from_second(now).unwrap();
+            let found = given_up(&backup, status, node, replaced, now).map(|because| because.reason);
+            assert_eq!(found, expected, "{what}");
+        }
+    }
 }

@@ -3,17 +3,15 @@
 pub mod publish;
 
 use std::collections::HashSet;
-use std::sync::Arc;
 
 use k8s_openapi::jiff::SignedDuration;
 use kube::api::{ListParams, ObjectMeta};
-use kube::runtime::reflector::Store;
 use kube::{Api, ResourceExt as _};
 
 use self::publish::{Change, publish};
 use super::backup::resolve::NodeHealth;
 use super::{Context, OperatorError};
-use crate::api::{self, DomainSighting, LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
+use crate::api::{self, LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
 use crate::clock;
 use crate::cluster;
 use crate::reason::{Because, Reason};
@@ -23,15 +21,13 @@ use crate::reason::{Because, Reason};
 /// # Errors
 /// What the API server says; the caller tries again.
 pub async fn publish_all(
-    sightings: &Store<DomainSighting>,
     namespace: &str,
     grace: SignedDuration,
     context: &Context,
 ) -> Result<(), OperatorError> {
     let api = Api::<LibvirtDomain>::namespaced(context.client.clone(), namespace);
     let published = api.list(&ListParams::default()).await?.items;
-    let seen: Vec<_> =
-        sightings.state().iter().map(|sighting: &Arc<DomainSighting>| sighting.spec.clone()).collect();
+    let seen: Vec<_> = context.sightings.state().iter().map(|sighting| sighting.spec.clone()).collect();
     let holders = published.iter().filter_map(|domain| domain.status.as_ref()?.node_name.clone());
     let nodes: HashSet<String> =
         seen.iter().map(|sighting| sighting.node_name.clone()).chain(holders).collect();

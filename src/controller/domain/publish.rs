@@ -92,6 +92,12 @@ pub fn publish(
     deletions
 }
 
+/// The node that has the domain `uuid`, whatever it is published as, if one has.
+pub fn node_of(sightings: &[DomainSightingSpec], uuid: &str) -> Option<String> {
+    let seen: Vec<_> = sightings.iter().filter(|sighting| sighting.uuid == uuid).collect();
+    winner(&seen, None).map(|sighting| sighting.node_name.clone())
+}
+
 /// Which of several sightings holds: an active one before one that is off; of two active ones, in the middle
 /// of a migration, the one that holds already.
 fn winner<'a>(seen: &[&'a DomainSightingSpec], holder: Option<&str>) -> Option<&'a DomainSightingSpec> {
@@ -259,6 +265,8 @@ mod tests {
         let on_b = sighting("node-b", A, "db01", DomainState::Running);
         round(&mut world, &[off.clone(), on_b.clone()], &[], 1);
         assert_eq!(holder(&world, "db01"), Some(("node-b", DomainState::Running)));
+        assert_eq!(node_of(&[off, on_b.clone()], A).as_deref(), Some("node-b"));
+        assert_eq!(node_of(std::slice::from_ref(&on_b), B), None);
         round(&mut world, &[on_a.clone(), on_b], &[], 2);
         assert_eq!(holder(&world, "db01"), Some(("node-b", DomainState::Running)), "the holder stays");
         round(&mut world, &[on_a], &[], 3);

@@ -11,6 +11,7 @@ use virtmark_bed::daemon::Daemon;
 use virtmark_bed::guest::{self, Image};
 use virtmark_bed::{Bed, Disk, wait_until};
 
+use super::history::History;
 use super::rig::{BOUND, MIB, Rig};
 
 /// What the user does once the backup is Ready.
@@ -63,6 +64,7 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
     let vm = Image::get()?.boot("survivor", &bed.hypervisors[1], disks.clone())?;
     let mut frozen = Rig::of(bed, vm)?;
     let mut bare = Rig::off_on(1, "survivor-bare", disks)?;
+    let history = History::watch(&frozen.bed)?;
     let (mut count, started) = (0, Instant::now());
     for both in [false, true] {
         for &step in Step::ALL {
@@ -81,7 +83,11 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
             }
         }
     }
-    println!("{count} kills in {} s", started.elapsed().as_secs());
+    println!(
+        "{count} kills in {} s; {} versions, none went back",
+        started.elapsed().as_secs(),
+        history.check()?
+    );
     Ok(())
 }
 

@@ -4,12 +4,19 @@
 //! feature `killpoints`, as `make test` does.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod at_once;
+mod deletes;
+mod doubles;
+mod history;
 mod kills;
+mod namespace;
 mod nodes;
 mod readers;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod rig;
+mod two_operators;
+mod wishes;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -45,7 +45,7 @@ pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Resu
     }
     if old.phase.is_terminal() && conditions::is_true(&old.conditions, conditions::HOST_CLEAN) {
         context.release(&uid);
-        return acknowledge(&backup, &old, &context).await;
+        return Ok(Requeue::await_change());
     }
     let live = match context.registry.find(&uid) {
         Some(live) => live,
@@ -143,22 +143,6 @@ async fn seal(
     object.metadata.managed_fields = None;
     object.status = Some(describe(backup, old, live, &sealed, gathered, context)?);
     Ok(cluster::replace_status(&api(backup, context), &object, api::AGENT).await?)
-}
-
-/// An edit after the end changes nothing, and was seen.
-async fn acknowledge(
-    backup: &VmBackup,
-    old: &VmBackupStatus,
-    context: &Context,
-) -> Result<Requeue, AgentError> {
-    let generation = backup.metadata.generation;
-    if old.observed_generation != generation && backup.metadata.deletion_timestamp.is_none() {
-        let mut object = backup.clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(VmBackupStatus { observed_generation: generation, ..old.clone() });
-        cluster::replace_status(&api(backup, context), &object, api::AGENT).await?;
-    }
-    Ok(Requeue::await_change())
 }
 
 /// Cleans the host after a backup whose object does not exist any more, or is another node's now.

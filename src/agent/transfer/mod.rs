@@ -73,7 +73,7 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         return Ok(Requeue::await_change());
     }
     if conditions::is_true(&old.conditions, conditions::HOST_CLEAN) {
-        return acknowledge(&transfer, &old, &context).await;
+        return Ok(Requeue::await_change());
     }
     context.registry.follow(&backup_uid, ObjectRef::from_obj(&*transfer));
 
@@ -126,22 +126,6 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
 
 fn api(transfer: &ImageTransfer, context: &Context) -> Api<ImageTransfer> {
     Api::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default())
-}
-
-/// An edit after the end changes nothing, and was seen.
-async fn acknowledge(
-    transfer: &ImageTransfer,
-    old: &ImageTransferStatus,
-    context: &Context,
-) -> Result<Requeue, AgentError> {
-    let generation = transfer.metadata.generation;
-    if old.observed_generation != generation && transfer.meta().deletion_timestamp.is_none() {
-        let mut object = transfer.clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(ImageTransferStatus { observed_generation: generation, ..old.clone() });
-        cluster::replace_status(&api(transfer, context), &object, api::AGENT).await?;
-    }
-    Ok(Requeue::await_change())
 }
 
 /// Closes the ways to the bytes of the backup `uid` whose transfers are gone without a word: deleted by force.

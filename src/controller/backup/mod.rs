@@ -244,7 +244,6 @@ async fn finish(
 ) -> Result<Requeue, OperatorError> {
     let namespace = backup.namespace().unwrap_or_default();
     settle(backup, old, is_host_clean(&old.conditions), context).await?;
-    acknowledge(backup, old, context).await?;
     context.wake_vm(&namespace, &backup.spec.vm);
     let reaffirmed = status::reaffirmed(old, backup.metadata.generation);
     if reaffirmed != *old {
@@ -261,22 +260,6 @@ async fn finish(
     tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "deleted after ttlSecondsAfterFinished");
     cluster::delete(&api(backup, context), &backup.name_any(), backup.uid()).await?;
     Ok(Requeue::await_change())
-}
-
-/// An edit after the end changes nothing, and was seen. What was bound is its agent's to answer.
-async fn acknowledge(
-    backup: &VmBackup,
-    old: &VmBackupStatus,
-    context: &Context,
-) -> Result<(), OperatorError> {
-    if old.node_name.is_some() || old.observed_generation == backup.metadata.generation {
-        return Ok(());
-    }
-    let mut object = backup.clone();
-    object.metadata.managed_fields = None;
-    object.status = Some(VmBackupStatus { observed_generation: backup.metadata.generation, ..old.clone() });
-    cluster::replace_status(&api(backup, context), &object, api::OPERATOR).await?;
-    Ok(())
 }
 
 /// Makes the checkpoint a base, or removes it; tells the inventory. `free`: nothing of it is on a host any more, or

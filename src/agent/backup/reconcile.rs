@@ -30,6 +30,9 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// How soon to look again when the watch was behind.
 const SOON: Duration = Duration::from_millis(20);
 
+/// How long requests that run are waited for before unread bytes are counted.
+const LAST_BYTES: Duration = Duration::from_millis(250);
+
 /// How soon unread bytes are counted again after a finalize that came early.
 const RECOUNT: Duration = Duration::from_secs(1);
 
@@ -282,12 +285,17 @@ async fn gather(
     })
 }
 
-/// Counts, disk by disk, the bytes that must be read and were not.
+/// Counts, disk by disk, the bytes that must be read and were not. A client that has its last byte may ask for the
+/// finalize before the server knows that it went out.
 async fn count_missing(
     live: &Live,
     record: &Record,
     context: &Context,
 ) -> Result<Vec<(String, u64)>, AgentError> {
+    for transfer in live.tickets() {
+        // what goes on is counted as it is
+        let _ = context.tickets.drained(&transfer, LAST_BYTES).await;
+    }
     for disk in &record.disks {
         context.count_missing(live, record, &disk.target).await?;
     }

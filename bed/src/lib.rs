@@ -153,16 +153,19 @@ impl Bed {
         std::iter::once(&self.operator).chain(&self.agents).map(Daemon::log).collect()
     }
 
-    /// Writes to the API by one user, from the audit log: `(verb, resource/subresource, name)`.
+    /// Writes that the API took of one user, from the audit log: `(verb, resource/subresource, name)`.
     ///
     /// # Errors
     /// When the log cannot be read.
     pub fn writes_by(&self, user_contains: &str) -> Result<Vec<(String, String, String)>> {
         let log = fs::read_to_string(&self.plane.audit_log)?;
         let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let of_user =
-            lines.filter(|line| line["user"]["username"].as_str().unwrap_or("").contains(user_contains));
-        Ok(of_user
+        let taken = lines.filter(|line| {
+            let user = line["user"]["username"].as_str().unwrap_or_default();
+            user.contains(user_contains)
+                && line["responseStatus"]["code"].as_u64().is_some_and(|code| code < 300)
+        });
+        Ok(taken
             .map(|line| {
                 let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
                 let object = &line["objectRef"];

@@ -95,7 +95,6 @@ fn apply(rig: &Rig, operators: usize, round: usize) -> Result<Vec<String>> {
 /// Finalizes each as it comes to be Ready, until all Succeeded: never two of a VM at once. Answers how many were seen
 /// to wait for their other by name; deletes all in the end.
 fn in_turn(rig: &Rig, names: &[String]) -> Result<usize> {
-    let log_before = rig.bed.agents[1].log().len();
     let (mut finalized, mut waited) = (BTreeSet::new(), BTreeSet::new());
     let mut uids = BTreeMap::new();
     wait_until(BOUND, "all to succeed in turn", || {
@@ -136,7 +135,7 @@ fn in_turn(rig: &Rig, names: &[String]) -> Result<usize> {
         }
         Ok((ours.len() == names.len() && ours.keys().all(|name| phase(name) == "Succeeded")).then_some(()))
     })?;
-    jobs_took_turns(rig.bed.agents[1].log().get(log_before..).unwrap_or_default(), &uids)?;
+    jobs_took_turns(&rig.bed.agents[1].log(), &uids)?;
     let all: Vec<&str> = ["delete", "vmbackup"].into_iter().chain(names.iter().map(String::as_str)).collect();
     rig.kubectl(&all)?;
     rig.kubectl(&["delete", "vmcheckpoints", "--all", "--timeout=60s"])?;

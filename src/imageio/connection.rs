@@ -33,9 +33,9 @@ use super::tickets::{Operation, SharedCoverage, Slot, Tickets};
 
 /// NBD connections that one HTTP connection keeps, of different tickets.
 const SLOTS: usize = 4;
-/// Bytes of bodies that hyper is given before it must have written them: two frames. Measured with curl over
-/// TLS and the unix socket, see the commit.
-const UNTAKEN: u64 = 256 << 10;
+/// Bytes of bodies that hyper is given before it must have written them: four frames. Measured over TLS and
+/// the unix socket, see the commit.
+const UNTAKEN: u64 = 512 << 10;
 /// How long the rest of a refused body is read, so that the client can read the answer.
 const LINGER: Duration = Duration::from_secs(2);
 /// How much of it.

@@ -43,7 +43,7 @@ const MAX_HEAD: usize = 32 << 10;
 /// Most headers of a request, as in imageio.
 const MAX_HEADERS: usize = 99;
 /// hyper's buffers; bodies are held back by [`super::connection`] before they are full.
-const MAX_BUFFER: usize = 512 << 10;
+const MAX_BUFFER: usize = 1 << 20;
 /// Connections waiting to be accepted.
 const BACKLOG: u32 = 128;
 

@@ -308,7 +308,8 @@ impl ReadStream {
 
     /// The client, when everything was read; otherwise the connection is closed with the stream.
     #[must_use]
-    pub fn into_client(self) -> Option<Client> {
+    pub fn into_client(mut self) -> Option<Client> {
+        self.client.wire.rest();
         (!self.failed && self.slots.is_empty() && self.next == self.stop).then_some(self.client)
     }
 
@@ -334,9 +335,13 @@ impl ReadStream {
         }
     }
 
-    /// Keeps the window full. Requests end at multiples of their size, whatever the range begins with.
+    /// Fills the window when half of it is free, so that requests are sent some at a time. They end at multiples
+    /// of their size, whatever the range begins with.
     fn fill(&mut self) {
         let Client { wire, agreed, output, request, window, .. } = &mut self.client;
+        if self.slots.len() > *window / 2 {
+            return;
+        }
         let df = agreed.structured && agreed.flags & export_flag::SEND_DF != 0;
         let flags = if df { command::FLAG_DF } else { 0 };
         while self.next < self.stop && self.slots.len() < *window {

@@ -22,11 +22,17 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::handshake::{Contexts, words};
 use super::proto::{self, Decoded, ReplyHead, Request, chunk, command};
 use super::status::Maps;
+use buffers::Buffers;
+
+mod buffers;
 
 /// Longest block status payload that is read: four times what QEMU sends at most.
 pub const MAX_STATUS: u32 = 4 + 8 * (1 << 19);
 /// Longest error payload that is read.
 pub const MAX_ERROR: u32 = 14 + 4096;
+
+/// Bytes received when a head is awaited: what follows it is copied to where it belongs.
+const HEAD: usize = proto::CHUNK_LEN + 8 + 4096;
 
 /// Zeroes for holes, shared by all who read one.
 static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
@@ -132,6 +138,7 @@ pub struct Transmission {
     head: BytesMut,
     receiving: Option<Receiving>,
     payload: BytesMut,
+    buffers: Buffers,
 }
 
 impl Transmission {
@@ -146,7 +153,13 @@ impl Transmission {
             head: BytesMut::with_capacity(64),
             receiving: None,
             payload: BytesMut::new(),
+            buffers: Buffers::default(),
         }
+    }
+
+    /// Frees what is kept for further reads.
+    pub fn rest(&mut self) {
+        self.buffers.forget();
     }
 
     /// Requests without a reply.
@@ -180,18 +193,19 @@ impl Transmission {
         self.cookie
     }
 
-    /// Where the next bytes from the server go: never of length 0, never more than the next head or the
-    /// current payload can take.
+    /// Where the next bytes from the server go: never of length 0, never more than the current payload can take,
+    /// or than a head and a little of what follows it.
     pub fn space(&mut self) -> Limit<&mut BytesMut> {
         match &self.receiving {
             Some(receiving) => {
                 let missing = receiving.payload - self.payload.len();
                 (&mut self.payload).limit(missing)
             }
-            // Head and offset of a data chunk at once; what belongs to a next head is kept.
+            // A head, and the data of a small read with it, are received at once.
             None => {
-                let most = if self.structured { proto::CHUNK_LEN + 8 } else { proto::SIMPLE_REPLY_LEN };
-                let missing = most.saturating_sub(self.head.len()).max(1);
+                let missing = HEAD.saturating_sub(self.head.len()).max(1);
+                // Without this, what is left of its capacity would cut a head into pieces.
+                self.head.reserve(missing);
                 (&mut self.head).limit(missing)
             }
         }
@@ -215,7 +229,7 @@ impl Transmission {
                 }
             }
             self.receiving = None;
-            let payload = std::mem::take(&mut self.payload).freeze();
+            let payload = self.buffers.lend(std::mem::take(&mut self.payload));
             if let Some(reply) = self.finish(receiving, payload)? {
                 return Ok(Some(reply));
             }
@@ -243,7 +257,7 @@ impl Transmission {
             }
         };
         self.head.advance(taken);
-        self.payload = BytesMut::with_capacity(receiving.payload);
+        self.payload = self.buffers.take(receiving.payload);
         self.receiving = Some(receiving);
         Ok(true)
     }

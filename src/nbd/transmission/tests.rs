@@ -173,3 +173,17 @@ fn each_breach_has_its_error() {
     let half = |b: &mut BytesMut, _, s| chunk(b, true, chunk::BLOCK_STATUS, s, &map(1, &[(9, 0)]));
     assert!(matches!(broken(&half), BadStatus(_)));
 }
+
+/// Each system call more for a reply is felt in small reads.
+#[test]
+fn a_small_read_is_received_at_once() {
+    let mut wire = Transmission::new(true, CONTEXTS);
+    for number in 0..20 {
+        let cookie = wire.read(number * 4096, 4096, 0, &mut BytesMut::new());
+        let mut reply = BytesMut::new();
+        chunk(&mut reply, true, chunk::OFFSET_DATA, cookie, &data(number * 4096, &[9; 4096]));
+        assert!(wire.space().chunk_mut().len() >= reply.len(), "reply {number}");
+        let (replies, _) = feed(&mut wire, &reply, usize::MAX).unwrap();
+        assert_eq!(read(&replies[0]), (cookie, Ok(Bytes::from(vec![9; 4096]))));
+    }
+}

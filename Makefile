@@ -1,6 +1,7 @@
 # make demo   set everything up and back a running VM up, end to end; takes everything down
 # make test   set everything up and run all tests
 # make fuzz   hostile input, guided by coverage: N inputs for each target, or for TARGET (docs/hostile-input.md)
+# make bench  measure the data path against nbdcopy and the stock ovirt-imageio; docs/benchmarks.md says what the rows mean
 # make up     a private cluster and hypervisor, left running for you to try your own YAML; make down ends it
 
 cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtmark
@@ -8,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test fuzz up down build lint prerequisites
+.PHONY: demo test bench fuzz up down build lint prerequisites
 
 demo: build
 	$(bed) demo
@@ -24,6 +25,11 @@ test: lint
 	cargo build --locked --workspace --features virtmark/killpoints
 	$(bed) build --guest
 	$(bed) --hypervisors 2 run -- cargo test --locked --workspace --features virtmark/killpoints
+
+# e.g. make bench BENCH="--only https --rounds 3"
+bench: prerequisites
+	cargo build --locked --release --example image_server --example data_path
+	$(CARGO_TARGET_DIR)/release/examples/data_path --bench --json $(CARGO_TARGET_DIR)/bench.json $(BENCH)
 
 lint: prerequisites
 	cargo fmt --all --check

@@ -1,6 +1,7 @@
 //! What the agent's reconcilers share, and the few things that more than one of them does.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -206,6 +207,9 @@ impl Context {
     /// how it ended; the sweep forgets it there.
     pub fn release(&self, uid: &str) {
         self.registry.unclaim(uid);
+        if let Some(live) = self.registry.find(uid) {
+            live.released.store(true, Ordering::Relaxed);
+        }
         if let Err(error) = self.host.state.forget(uid) {
             tracing::warn!(backup = uid, %error, "the record of an ended backup was not removed");
         }

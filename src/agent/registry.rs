@@ -25,6 +25,8 @@ pub struct Live {
     pub record: tokio::sync::Mutex<Record>,
     /// Whether this process has seen the object, so that it is known not to be an orphan.
     pub confirmed: AtomicBool,
+    /// Whether its end stands in the object, or there is none any more: nothing of it is kept but this.
+    pub released: AtomicBool,
     served: Mutex<Served>,
 }
 
@@ -67,6 +69,7 @@ impl Live {
             object: ObjectRef::new(&record.name).within(&record.namespace),
             record: tokio::sync::Mutex::new(record),
             confirmed: AtomicBool::new(false),
+            released: AtomicBool::new(false),
             served: Mutex::default(),
         }
     }

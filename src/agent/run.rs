@@ -309,7 +309,8 @@ async fn keep(context: &Context, doubt: bool) {
         let Ok(record) = live.record.try_lock() else { continue };
         if record.life.is_ended() {
             let since = live.ended(clock::now());
-            if clock::now().duration_since(since) > REMEMBERED {
+            let told = live.released.load(Ordering::Relaxed);
+            if told && clock::now().duration_since(since) > REMEMBERED {
                 context.registry.remove(&uid);
             }
         } else if record.life.is_serving() {

@@ -154,7 +154,7 @@ async fn seal(
 /// When the API server cannot be asked, or the host: the caller tries again.
 pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(), AgentError> {
     let mut record = live.record.lock().await;
-    if record.life.is_ended() {
+    if live.released.load(Ordering::Relaxed) {
         return Ok(());
     }
     let api = Api::<VmBackup>::namespaced(context.client.clone(), &record.namespace);

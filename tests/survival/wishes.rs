@@ -5,6 +5,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use k8s_openapi::jiff::Timestamp;
 use rand::Rng as _;
 use serde_json::{Value, json};
 use virtmark::killpoint::PAUSE_VARIABLE;
@@ -146,12 +147,13 @@ fn every_edit_is_answered_or_refused_in_every_phase() -> Result<()> {
     edit_all(&rig, "Ready")?;
 
     // a bound that was moved while the agent stood still past the old one is the one that counts
-    edit(&rig, json!({"readyDeadlineSeconds": 8}))?;
-    answered(&rig, "a short bound")?;
     let ready = rig.get("vmbackup", "edited-1")?["status"]["readyTime"].clone();
+    let bound = seconds_since(&ready)? + 10;
+    edit(&rig, json!({"readyDeadlineSeconds": bound}))?;
+    answered(&rig, "a short bound")?;
     rig.bed.agents[1].pause();
     edit(&rig, json!({"readyDeadlineSeconds": 86_000}))?;
-    past(&rig, &ready, 9)?;
+    past(&rig, &ready, bound + 1)?;
     rig.bed.agents[1].resume();
     answered(&rig, "a bound moved in time")?;
     ensure!(
@@ -246,8 +248,12 @@ fn refuse(rig: &Rig, when: &str) -> Result<()> {
 
 /// Waits until `seconds` after a time that a status tells.
 fn past(rig: &Rig, time: &Value, seconds: i64) -> Result<()> {
-    let since: k8s_openapi::jiff::Timestamp = time.as_str().context("no time")?.parse()?;
-    wait_until(BOUND, &format!("{seconds} s after {} of {}", since, rig.vm.name), || {
-        Ok((k8s_openapi::jiff::Timestamp::now().as_second() > since.as_second() + seconds).then_some(()))
+    wait_until(BOUND, &format!("{seconds} s after {time} of {}", rig.vm.name), || {
+        Ok((seconds_since(time)? > seconds).then_some(()))
     })
+}
+
+fn seconds_since(time: &Value) -> Result<i64> {
+    let time: Timestamp = time.as_str().context("no time")?.parse()?;
+    Ok(Timestamp::now().as_second() - time.as_second())
 }

@@ -104,6 +104,16 @@ reasons! {
     DiskNotFound Never "VmBackup, ImageTransfer", "list the disks in the LibvirtDomain's status.disks",
     /// A disk that was named cannot be backed up, or the VM has none that can.
     DiskNotSupported Never "VmBackup, LibvirtDomain", "leave the disk out of spec.disks, or change it as the message says",
+    /// No such VmCheckpoint, or no usable one to start from.
+    CheckpointNotFound Never "VmBackup", "list the checkpoints with kubectl get vmcp, or set type to Full",
+    /// The checkpoint that was named is another VM's.
+    CheckpointOfOtherVm Never "VmBackup", "name a checkpoint of this VM, or leave spec.fromCheckpoint out",
+    /// The checkpoint's bitmaps are missing or inconsistent, or its backup did not succeed.
+    CheckpointInvalid Never "VmBackup, VmCheckpoint", "delete it, and make a full backup, which starts a new chain",
+    /// A disk cannot start from the checkpoint, and onInvalidCheckpoint is Fail.
+    DiskNotInCheckpoint Never "VmBackup", "set onInvalidCheckpoint to FullBackup, or make a full backup",
+    /// libvirt does not take the checkpoint, and onInvalidCheckpoint is Fail.
+    RedefineFailed Never "VmBackup", "set onInvalidCheckpoint to FullBackup, or make a full backup",
     /// The guest could not be frozen, and quiesce.mode is Required.
     QuiesceFailed Never "VmBackup", "check the guest agent, or set quiesce.mode to BestEffort",
     /// The VM was replaced by another one of the same name.

@@ -69,6 +69,8 @@ steps! {
         "a record that says files may be there", "makes them again";
     ScratchMade Agent "the scratch images are made",
         "a record that says files may be there", "makes them again";
+    BaseRedefined Agent "libvirt knows the checkpoint that an incremental backup starts from",
+        "a record that says files may be there, libvirt's note of that checkpoint", "redefines it";
     Frozen Agent "the guest is frozen",
         "a record that says the guest may be frozen, no job", "thaws at once, then freezes again";
     BeginIntended Agent "the begin is noted, not called",
@@ -91,6 +93,8 @@ steps! {
     JobAborted Agent "the job is ended",
         "a record that says a job may run, no job", "removes the rest";
     CheckpointForgotten Agent "libvirt's note of the checkpoint is dropped",
+        "the bitmaps, which stay", "removes the files";
+    BaseForgotten Agent "libvirt's note of the checkpoint that it started from is dropped",
         "the bitmaps, which stay", "removes the files";
     BitmapRemoved Agent "the bitmap of one disk is removed (VM off)",
         "a failed backup's other bitmaps", "removes them";

@@ -9,7 +9,7 @@ use quick_xml::events::Event;
 use virtmark::agent::inventory::sighting;
 use virtmark::api::DomainState;
 use virtmark::libvirt::Listed;
-use virtmark::libvirt::xml::{BackupDisk, Domain, backup_socket, backup_xml, checkpoint_xml};
+use virtmark::libvirt::xml::{BackupDisk, Domain, backup_socket, backup_xml, checkpoint_xml, dirty_context};
 
 /// Any text is an error or a domain that the inventory can hold; any name that XML can hold is written so that a
 /// conforming parser reads exactly that name, in as many elements as were meant.
@@ -52,18 +52,31 @@ fn written(text: &str) {
     let names: Vec<String> = text.split('\n').map(|name| name.replace('\u{1}', "\n")).collect();
     let names: Vec<String> = names.iter().map(|name| name.chars().filter(|c| legal(*c)).collect()).collect();
     let (first, rest) = names.split_first().expect("a line");
-    let disks: Vec<BackupDisk<'_>> =
-        rest.chunks_exact(2).map(|pair| BackupDisk { target: &pair[0], scratch: &pair[1] }).collect();
+    let disks: Vec<BackupDisk<'_>> = rest
+        .chunks_exact(2)
+        .map(|pair| {
+            let base = pair[0].len().is_multiple_of(2).then_some(pair[1].as_str());
+            BackupDisk { target: &pair[0], scratch: &pair[1], base }
+        })
+        .collect();
 
     let xml = backup_xml(first, &disks);
     assert_eq!(backup_socket(&xml).as_ref(), Some(first));
     let mut expected = vec![("server".to_owned(), "socket", first.clone())];
     for disk in &disks {
         expected.push(("disk".to_owned(), "name", disk.target.to_owned()));
+        if let Some(base) = disk.base {
+            expected.push(("disk".to_owned(), "incremental", base.to_owned()));
+            expected.push(("disk".to_owned(), "exportbitmap", dirty_context(disk.target)));
+        }
         expected.push(("disk".to_owned(), "exportname", disk.target.to_owned()));
         expected.push(("scratch".to_owned(), "file", disk.scratch.to_owned()));
     }
-    assert_eq!(attributes(&xml, &["socket", "name", "exportname", "file"]), expected, "{xml}");
+    assert_eq!(
+        attributes(&xml, &["socket", "name", "incremental", "exportbitmap", "exportname", "file"]),
+        expected,
+        "{xml}"
+    );
 
     let targets: Vec<&str> = rest.iter().map(String::as_str).collect();
     let xml = checkpoint_xml(first, &targets, Some(7));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use arbitrary::Unstructured;
 use rustix::fs::{CWD, FileType, Mode};
 use virtmark::agent::backup::life::Life;
-use virtmark::agent::state::{PlannedDisk, Record, StateDir};
+use virtmark::agent::state::{Base, PlannedDisk, Record, StateDir};
 use virtmark::agent::transfer::StoredTicket;
 use virtmark::api::QuiesceMode;
 
@@ -171,8 +171,14 @@ fn work(dir: &Path) {
 }
 
 fn record(uid: &str, target: &str) -> Record {
-    let disk =
-        PlannedDisk { target: target.into(), size: 4096, image: Some("/image".into()), in_checkpoint: true };
+    let disk = PlannedDisk {
+        target: target.into(),
+        size: 4096,
+        image: Some("/image".into()),
+        in_checkpoint: true,
+        incremental: true,
+        full_because: None,
+    };
     Record {
         uid: uid.into(),
         namespace: "n".into(),
@@ -180,6 +186,7 @@ fn record(uid: &str, target: &str) -> Record {
         vm: "v".into(),
         vm_uuid: TWO.into(),
         bitmap: Some("virtmark-1".into()),
+        base: Some(Base { bitmap: "virtmark-0".into(), created: 1, strict: false }),
         disks: vec![disk],
         quiesce: QuiesceMode::None,
         quiesce_seconds: 1,

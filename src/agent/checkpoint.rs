@@ -75,7 +75,11 @@ fn status(
     let generation = checkpoint.metadata.generation;
     let mut new =
         VmCheckpointStatus { phase: Phase::Finalizing, observed_generation: generation, ..old.clone() };
-    let failed = |target: &str| CheckpointDiskStatus { target: target.to_owned(), message: because.shown() };
+    let failed = |target: &str| CheckpointDiskStatus {
+        target: target.to_owned(),
+        consistent: None,
+        message: because.shown(),
+    };
     new.disks = match clean {
         true => Vec::new(),
         false => checkpoint.spec.disks.iter().map(|disk| failed(&disk.target)).collect(),

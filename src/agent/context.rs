@@ -16,7 +16,7 @@ use super::transfer::StoredTicket;
 use crate::api::DomainSighting;
 use crate::cluster::Events;
 use crate::imageio::{self, Coverage, End, SharedCoverage, Tickets};
-use crate::libvirt::LibvirtError;
+use crate::libvirt::{LibvirtError, xml};
 use crate::nbd::{Export, NbdError};
 
 /// How long an ended ticket's requests may take to notice.
@@ -132,7 +132,9 @@ impl Context {
     /// When the record's uid is none.
     pub fn export(&self, record: &Record, disk: &str) -> Result<Export, AgentError> {
         let socket = self.host.state.socket_of(&record.uid)?;
-        Ok(Export { socket, name: disk.to_owned(), bitmap: None })
+        let incremental = record.disks.iter().any(|planned| planned.target == disk && planned.incremental);
+        let bitmap = incremental.then(|| xml::dirty_context(disk));
+        Ok(Export { socket, name: disk.to_owned(), bitmap })
     }
 
     /// The coverage of a disk: what was stored of it, or nothing served yet.

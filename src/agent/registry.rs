@@ -331,6 +331,7 @@ mod tests {
             vm: "db01".to_owned(),
             vm_uuid: vm_uuid.to_owned(),
             bitmap: None,
+            base: None,
             disks: Vec::new(),
             quiesce: QuiesceMode::None,
             quiesce_seconds: 10,

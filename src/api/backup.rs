@@ -46,7 +46,11 @@ use super::{DesiredState, Phase, schema};
     validation = Rule::new("has(self.disks) == has(oldSelf.disks) && (!has(self.disks) || self.disks == oldSelf.disks)")
         .message("disks is immutable: make another VmBackup").field_path(".disks"),
     validation = Rule::new("has(self.quiesce) == has(oldSelf.quiesce) && (!has(self.quiesce) || self.quiesce == oldSelf.quiesce)")
-        .message("quiesce is immutable: make another VmBackup").field_path(".quiesce")
+        .message("quiesce is immutable: make another VmBackup").field_path(".quiesce"),
+    validation = Rule::new("has(self.fromCheckpoint) == has(oldSelf.fromCheckpoint) && (!has(self.fromCheckpoint) || self.fromCheckpoint == oldSelf.fromCheckpoint)")
+        .message("fromCheckpoint is immutable: make another VmBackup").field_path(".fromCheckpoint"),
+    validation = Rule::new("!has(self.fromCheckpoint) || self.type == 'Incremental'")
+        .message("fromCheckpoint needs type Incremental").field_path(".fromCheckpoint")
 )]
 pub struct VmBackupSpec {
     /// Name of the LibvirtDomain to back up, in this namespace (`kubectl get lvd`).
@@ -61,10 +65,22 @@ pub struct VmBackupSpec {
     #[x_kube(merge_strategy = ListMerge::Set)]
     pub disks: Option<Vec<String>>,
 
-    /// Full reads all data of every disk.
+    /// Full reads all data of every disk. Incremental reads what changed since a checkpoint.
     #[serde(default, rename = "type")]
     #[x_kube(validation = Rule::new("self == oldSelf").message("type is immutable: make another VmBackup"))]
     pub backup_type: BackupType,
+
+    /// With type Incremental: the VmCheckpoint to start from. Default: the newest usable one of the VM with the same
+    /// label virtmark.dev/owner, or without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = schema::OBJECT_NAME))]
+    pub from_checkpoint: Option<String>,
+
+    /// With type Incremental, what to do where a disk cannot start from the checkpoint, or there is none. FullBackup:
+    /// read that disk in full; its reason is in status.disks. Fail: fail.
+    #[serde(default)]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("onInvalidCheckpoint is immutable: make another VmBackup"))]
+    pub on_invalid_checkpoint: InvalidCheckpointPolicy,
 
     /// Whether the guest's file systems are frozen while the point in time is taken. Default: BestEffort
     /// within 10 seconds.
@@ -129,6 +145,18 @@ pub enum BackupType {
     /// All data of every disk.
     #[default]
     Full,
+    /// What changed since a checkpoint, where a disk can start from it; all data of the others.
+    Incremental,
+}
+
+/// What to do where a disk cannot start from the checkpoint.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InvalidCheckpointPolicy {
+    /// Read it in full.
+    #[default]
+    FullBackup,
+    /// Fail.
+    Fail,
 }
 
 /// What to do while the VM is off.
@@ -214,6 +242,10 @@ pub struct VmBackupStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub to_checkpoint: Option<String>,
+    /// Name of the VmCheckpoint that its incremental disks start from; absent when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub from_checkpoint: Option<String>,
     /// Disks wholly read, of all: `1/2`. Bytes are in the ImageTransfers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 32))]
@@ -247,6 +279,13 @@ pub struct BackupDisk {
     pub name: String,
     /// How much of it is read.
     pub mode: DiskMode,
+    /// Why all of it is read although the backup is incremental.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode_reason: Option<FullReason>,
+    /// More about the reason: libvirt's words, say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 1024))]
+    pub mode_message: Option<String>,
     /// Its virtual size in bytes, at the point in time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
@@ -268,6 +307,38 @@ pub struct BackupDisk {
 pub enum DiskMode {
     /// All its data.
     Full,
+    /// What changed since the checkpoint.
+    Incremental,
+}
+
+/// Why a disk is read in full by an incremental backup.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FullReason {
+    /// There is no usable checkpoint.
+    NoBase,
+    /// Its image keeps no dirty bitmap: it is raw, say.
+    CannotKeepBitmap,
+    /// The checkpoint does not have it: it is new, or was left out of that backup.
+    NotInCheckpoint,
+    /// Another disk has its target now.
+    DiskReplaced,
+    /// Its size is another one than at the checkpoint.
+    SizeChanged,
+    /// Its bitmap is missing or inconsistent.
+    BitmapInvalid,
+}
+
+impl std::fmt::Display for FullReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::NoBase => "there is no usable checkpoint",
+            Self::CannotKeepBitmap => "its image keeps no dirty bitmap",
+            Self::NotInCheckpoint => "the checkpoint does not have it",
+            Self::DiskReplaced => "another disk has its target now",
+            Self::SizeChanged => "its size changed",
+            Self::BitmapInvalid => "its bitmap is missing or inconsistent",
+        })
+    }
 }
 
 /// An NBD export on a unix socket of the node.

@@ -109,7 +109,10 @@ pub struct CheckpointDiskStatus {
     /// The disk's target in the domain.
     #[schemars(length(max = 64))]
     pub target: String,
-    /// Why its bitmap could not be removed yet.
+    /// False once its bitmap was seen to be missing or inconsistent: no incremental starts from it any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistent: Option<bool>,
+    /// What is wrong with it, or why it could not be removed yet.
     #[schemars(length(max = 1024))]
     pub message: String,
 }

@@ -21,8 +21,8 @@ mod tests;
 mod transfer;
 
 pub use backup::{
-    BackupDisk, BackupType, DiskMode, NbdExport, OfflinePolicy, Quiesce, QuiesceMode, TransferPolicy,
-    VmBackup, VmBackupSpec, VmBackupStatus,
+    BackupDisk, BackupType, DiskMode, FullReason, InvalidCheckpointPolicy, NbdExport, OfflinePolicy, Quiesce,
+    QuiesceMode, TransferPolicy, VmBackup, VmBackupSpec, VmBackupStatus,
 };
 pub use checkpoint::{
     CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,

@@ -40,6 +40,8 @@ fn what_a_backup_is_about_never_changes() {
         (json!({"quiesce": {"mode": "Required"}}), "quiesce is immutable"),
         (json!({"quiesce": null}), "quiesce is immutable"),
         (json!({"offline": "Refuse"}), "offline is immutable"),
+        (json!({"type": "Incremental"}), "type is immutable"),
+        (json!({"onInvalidCheckpoint": "Fail"}), "onInvalidCheckpoint is immutable"),
         (json!({"transfers": "Manual"}), "transfers is immutable"),
     ] {
         let refused = with(change.clone()).validate_cel_update(&old);
@@ -55,6 +57,16 @@ fn what_a_backup_is_about_never_changes() {
     ] {
         assert!(with(change.clone()).validate_cel_update(&old).is_ok(), "{change} was refused");
     }
+}
+
+#[test]
+fn a_base_is_for_an_incremental_and_stays_the_same() {
+    let from = |kind: &str, name: &str| with(json!({"type": kind, "fromCheckpoint": name}));
+    from("Incremental", "a").validate_cel().unwrap();
+    let refused = format!("{:?}", from("Full", "a").validate_cel().unwrap_err());
+    assert!(refused.contains("needs type Incremental"), "{refused}");
+    let moved = from("Incremental", "b").validate_cel_update(&from("Incremental", "a"));
+    assert!(format!("{:?}", moved.unwrap_err()).contains("fromCheckpoint is immutable"));
 }
 
 #[test]

@@ -13,7 +13,9 @@ use super::context::{Parting, is_host_clean, parting};
 use super::domain::publish::node_of;
 use super::{Context, OperatorError};
 use crate::api::conditions::{self, Observation, Truth};
-use crate::api::{self, LibvirtDomain, Phase, VmBackup, VmCheckpoint, VmCheckpointStatus};
+use crate::api::{
+    self, CheckpointDiskStatus, LibvirtDomain, Phase, VmBackup, VmCheckpoint, VmCheckpointStatus,
+};
 use crate::clock;
 use crate::cluster;
 use crate::reason::{Because, Reason};
@@ -45,6 +47,58 @@ pub async fn make_usable(
     let because = Because::new(Reason::BackupSucceeded, "its backup succeeded with every byte read");
     let new = describe(&seen, Phase::Ready, &because, checkpoint.metadata.generation, now);
     write(api, checkpoint, &seen, new).await
+}
+
+/// Notes that the bitmaps of some disks (target, and what is wrong) are missing or inconsistent. Without any that is
+/// not, no incremental starts from it any more.
+///
+/// # Errors
+/// What the API server says.
+pub async fn invalidate(
+    api: &Api<VmCheckpoint>,
+    name: &str,
+    broken: &[(String, String)],
+    context: &Context,
+) -> Result<(), OperatorError> {
+    if broken.is_empty() {
+        return Ok(());
+    }
+    let Some(checkpoint) = api.get_opt(name).await? else { return Ok(()) };
+    let old = checkpoint.status.clone().unwrap_or_default();
+    if checkpoint.metadata.deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    let new = invalidated(&checkpoint, &old, broken, clock::now());
+    if is_usable(&checkpoint) && !conditions::is_true(&new.conditions, conditions::USABLE) {
+        let because = Because::new(Reason::CheckpointInvalid, "none of its bitmaps is whole any more");
+        context.events.tell(&checkpoint, true, "Check", &because).await;
+    }
+    write(api, &checkpoint, &old, new).await
+}
+
+/// The status once the bitmaps of `broken` disks were seen to be broken. Pure.
+fn invalidated(
+    checkpoint: &VmCheckpoint,
+    old: &VmCheckpointStatus,
+    broken: &[(String, String)],
+    now: Timestamp,
+) -> VmCheckpointStatus {
+    let mut new = old.clone();
+    for (target, message) in broken {
+        if new.disks.iter().any(|disk| disk.target == *target && disk.consistent == Some(false)) {
+            continue;
+        }
+        new.disks.retain(|disk| disk.target != *target);
+        let message = message.chars().take(1024).collect();
+        new.disks.push(CheckpointDiskStatus { target: target.clone(), consistent: Some(false), message });
+    }
+    let is_broken =
+        |target: &str| new.disks.iter().any(|disk| disk.target == target && disk.consistent == Some(false));
+    if !checkpoint.spec.disks.iter().all(|disk| is_broken(&disk.target)) {
+        return new;
+    }
+    let because = Because::new(Reason::CheckpointInvalid, "none of its bitmaps is whole any more");
+    describe(&new, Phase::Failed, &because, checkpoint.metadata.generation, now)
 }
 
 fn describe(

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::life::{Action, Freeze, Report};
 use crate::agent::state::{Record, StateDir, StateError};
-use crate::api::QuiesceMode;
+use crate::api::{FullReason, QuiesceMode};
 use crate::killpoint;
 use crate::libvirt::xml::{self, Domain};
 use crate::libvirt::{Libvirt, LibvirtError, Listed, one_line};
@@ -55,6 +55,14 @@ pub enum HostError {
     /// A disk of the backup is no more.
     #[error("the VM has no disk {0}")]
     NoDisk(String),
+    /// libvirt does not take the base for a disk.
+    #[error("disk {disk}: {message}")]
+    Redefine {
+        /// Which disk.
+        disk: String,
+        /// libvirt's words.
+        message: String,
+    },
     /// The job did not end in time.
     #[error("libvirt's backup job did not end within {} s", ABORT_BOUND.as_secs())]
     JobLingers,
@@ -66,6 +74,7 @@ impl HostError {
             // it is on its way to another node, or back
             Self::NoDomain => Reason::VmBusy,
             Self::Libvirt(error) if error.is_no_domain() => Reason::VmBusy,
+            Self::Redefine { .. } => Reason::RedefineFailed,
             _ => Reason::HypervisorError,
         };
         Because::new(reason, self.to_string())
@@ -89,6 +98,7 @@ impl Host {
         let done = match action {
             Action::Freeze => return Report::Froze(self.freeze(record)),
             Action::MakeFiles => self.make_files(record),
+            Action::Redefine => self.redefine(record),
             Action::Begin => self.begin(record),
             Action::Thaw => self.thaw(record),
             Action::AbortJob => self.abort_job(record),
@@ -96,7 +106,8 @@ impl Host {
                 Some(bitmap) => self.delete_checkpoint(&record.vm_uuid, bitmap, &bitmap_disks(record)),
                 None => Ok(()),
             },
-            Action::ForgetCheckpoint => self.forget_checkpoint(record),
+            Action::ForgetCheckpoint => self.forget(record, record.bitmap.as_deref()),
+            Action::ForgetBase => self.forget(record, record.base.as_ref().map(|base| base.bitmap.as_str())),
             Action::RemoveFiles => self.state.remove_run(&record.uid).map_err(HostError::from),
         };
         match done {
@@ -128,6 +139,48 @@ impl Host {
         }
         // last: what is in QEMU's own folder may be a link to anywhere, and this process is root
         give(&run, 0o700, owner)
+    }
+
+    /// Makes libvirt know the base, after it saw that the bitmaps are whole. A disk whose bitmap is not is read in full,
+    /// and no other: each is asked for alone when all together are refused.
+    fn redefine(&self, record: &mut Record) -> Result<(), HostError> {
+        let Some(base) = record.base.clone() else { return Ok(()) };
+        // an earlier try may have made it for other disks
+        self.forget(record, Some(&base.bitmap))?;
+        let define = |targets: &[&str]| {
+            let xml = xml::checkpoint_xml(&base.bitmap, targets, Some(base.created));
+            self.libvirt.checkpoint_redefine(&record.vm_uuid, &xml)
+        };
+        let wanted: Vec<_> =
+            record.disks.iter().filter(|disk| disk.incremental).map(|disk| disk.target.clone()).collect();
+        match define(&wanted.iter().map(String::as_str).collect::<Vec<_>>()) {
+            Err(error) if names_no_bitmap(&error) => {}
+            other => return Ok(other?),
+        }
+        let (mut whole, mut refused) = (Vec::new(), Vec::new());
+        for target in &wanted {
+            match define(&[target]) {
+                Ok(()) => {
+                    self.forget(record, Some(&base.bitmap))?;
+                    whole.push(target.as_str());
+                }
+                Err(error) if names_no_bitmap(&error) => refused.push((target.clone(), error.message)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if let Some((disk, message)) = refused.first().filter(|_| base.strict) {
+            return Err(HostError::Redefine { disk: disk.clone(), message: message.clone() });
+        }
+        if !whole.is_empty() {
+            define(&whole)?;
+        }
+        for (target, message) in refused {
+            for disk in record.disks.iter_mut().filter(|disk| disk.target == target) {
+                disk.incremental = false;
+                disk.full_because = Some((FullReason::BitmapInvalid, Some(message.clone())));
+            }
+        }
+        Ok(())
     }
 
     fn freeze(&self, record: &Record) -> Freeze {
@@ -167,7 +220,10 @@ impl Host {
             .disks
             .iter()
             .zip(&scratches)
-            .map(|(disk, scratch)| xml::BackupDisk { target: &disk.target, scratch })
+            .map(|(disk, scratch)| {
+                let base = record.base.as_ref().filter(|_| disk.incremental);
+                xml::BackupDisk { target: &disk.target, scratch, base: base.map(|base| base.bitmap.as_str()) }
+            })
             .collect();
         let backup = xml::backup_xml(&socket.to_string_lossy(), &disks);
         let targets: Vec<_> =
@@ -230,8 +286,9 @@ impl Host {
         Ok(())
     }
 
-    fn forget_checkpoint(&self, record: &Record) -> Result<(), HostError> {
-        let Some(bitmap) = &record.bitmap else { return Ok(()) };
+    /// Drops libvirt's note of a checkpoint; its bitmaps stay.
+    fn forget(&self, record: &Record, bitmap: Option<&str>) -> Result<(), HostError> {
+        let Some(bitmap) = bitmap else { return Ok(()) };
         match self.libvirt.checkpoint_delete(&record.vm_uuid, bitmap, true) {
             Err(error) if error.is_no_checkpoint() || error.is_no_domain() => Ok(()),
             other => Ok(other?),

@@ -14,9 +14,12 @@ use super::life::{Action, Held, Life, Outcome, Seen, Stage};
 use super::scratch;
 use super::status::{self, Observed};
 use crate::agent::registry::Live;
-use crate::agent::state::{PlannedDisk, Record};
+use crate::agent::state::{Base, PlannedDisk, Record};
 use crate::agent::{AgentError, Context};
-use crate::api::{self, DesiredState, Phase, VmBackup, VmBackupStatus, VmCheckpoint, conditions};
+use crate::api::{
+    self, DesiredState, DiskMode, InvalidCheckpointPolicy, Phase, VmBackup, VmBackupStatus, VmCheckpoint,
+    conditions,
+};
 use crate::clock;
 use crate::cluster;
 use crate::killpoint;
@@ -358,12 +361,14 @@ fn before(action: Action) -> Option<Step> {
 fn after(action: Action) -> Step {
     match action {
         Action::MakeFiles => Step::ScratchMade,
+        Action::Redefine => Step::BaseRedefined,
         Action::Freeze => Step::Frozen,
         Action::Begin => Step::BeginAnswered,
         Action::Thaw => Step::Thawed,
         Action::AbortJob => Step::JobAborted,
         Action::DeleteCheckpoint => Step::CheckpointRemoved,
         Action::ForgetCheckpoint => Step::CheckpointForgotten,
+        Action::ForgetBase => Step::BaseForgotten,
         Action::RemoveFiles => Step::FilesRemoved,
     }
 }
@@ -474,29 +479,36 @@ async fn adopt(
     else {
         return Ok(None);
     };
-    let bitmap = match &status.to_checkpoint {
-        Some(checkpoint) => {
-            let api = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
-            match api.get_opt(checkpoint).await? {
-                Some(checkpoint) => Some(checkpoint.spec.bitmap),
-                None if backup.metadata.deletion_timestamp.is_some() || status.phase.is_terminal() => None,
-                None => return Err(AgentError::NoCheckpoint(checkpoint.clone())),
-            }
+    let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
+    let find = async |name: &Option<String>| -> Result<Option<VmCheckpoint>, AgentError> {
+        let Some(name) = name else { return Ok(None) };
+        let found = checkpoints.get_opt(name).await?;
+        if found.is_none() && backup.metadata.deletion_timestamp.is_none() && !status.phase.is_terminal() {
+            return Err(AgentError::NoCheckpoint(name.clone()));
         }
-        None => None,
+        Ok(found)
     };
+    let bitmap = find(&status.to_checkpoint).await?.map(|checkpoint| checkpoint.spec.bitmap);
+    let base = find(&status.from_checkpoint).await?.map(|checkpoint| Base {
+        bitmap: checkpoint.spec.bitmap,
+        created: checkpoint.spec.creation_time.0.as_second(),
+        strict: backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail,
+    });
     let quiesce = backup.spec.quiesce.clone().unwrap_or_default();
     let disks = status.disks.iter().map(|disk| PlannedDisk {
         target: disk.name.clone(),
         size: disk.size.and_then(|size| u64::try_from(size).ok()).unwrap_or_default(),
         image: None,
         in_checkpoint: disk.in_checkpoint,
+        incremental: disk.mode == DiskMode::Incremental,
+        full_because: disk.mode_reason.map(|reason| (reason, disk.mode_message.clone())),
     });
-    let mut life = Life::default();
+    let mut life = Life { from_base: base.is_some(), ..Life::default() };
     if matches!(status.phase, Phase::Ready | Phase::Finalizing) {
         // never a second point in time: what was read of the first one is not known any more
         let message = "this agent's record of it is lost: what was served is not known";
-        life.held = Held { files: true, checkpoint: bitmap.is_some(), ..Held::default() };
+        life.held =
+            Held { files: true, checkpoint: bitmap.is_some(), base: base.is_some(), ..Held::default() };
         life.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
     }
     let record = Record {
@@ -506,6 +518,7 @@ async fn adopt(
         vm: backup.spec.vm.clone(),
         vm_uuid,
         bitmap,
+        base,
         disks: disks.collect(),
         quiesce: quiesce.mode,
         quiesce_seconds: quiesce.timeout_seconds,

@@ -117,7 +117,9 @@ fn one_disk(disk: &crate::agent::state::PlannedDisk, observed: &Observed<'_>, ph
     let export = NbdExport { socket: observed.socket.to_owned(), export: disk.target.clone() };
     BackupDisk {
         name: disk.target.clone(),
-        mode: DiskMode::Full,
+        mode: if disk.incremental { DiskMode::Incremental } else { DiskMode::Full },
+        mode_reason: disk.full_because.as_ref().map(|(reason, _)| *reason),
+        mode_message: disk.full_because.as_ref().and_then(|(_, message)| message.clone()),
         size: (disk.size > 0).then(|| i64::try_from(disk.size).unwrap_or(i64::MAX)),
         in_checkpoint: disk.in_checkpoint,
         missing_bytes: missing.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
@@ -138,6 +140,8 @@ mod tests {
             size: 1 << 20,
             image: None,
             in_checkpoint,
+            incremental: false,
+            full_because: None,
         };
         Record {
             uid: "u".into(),
@@ -146,6 +150,7 @@ mod tests {
             vm: "v".into(),
             vm_uuid: "w".into(),
             bitmap: Some("m".into()),
+            base: None,
             disks: vec![disk("vda", true), disk("vdb", false)],
             quiesce: QuiesceMode::BestEffort,
             quiesce_seconds: 10,

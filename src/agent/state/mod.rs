@@ -22,7 +22,7 @@ use rustix::fs::Mode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use self::record::{PlannedDisk, Record};
+pub use self::record::{Base, PlannedDisk, Record};
 use super::backup::scratch::Usage;
 use super::folder::Folder;
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checked;
 use crate::agent::backup::life::Life;
-use crate::api::{QuiesceMode, is_disk_target};
+use crate::api::{FullReason, QuiesceMode, is_disk_target};
 
 /// What is to be done for one backup, fixed when it is bound, and how far it went.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,6 +23,9 @@ pub struct Record {
     pub vm_uuid: String,
     /// Name of the checkpoint in libvirt, of the bitmaps in the images; none when only raw disks are in it.
     pub bitmap: Option<String>,
+    /// The checkpoint that its incremental disks start from.
+    #[serde(default)]
+    pub base: Option<Base>,
     /// The disks.
     pub disks: Vec<PlannedDisk>,
     /// Whether to freeze the guest.
@@ -41,13 +44,14 @@ impl Record {
             (1..=longest).contains(&text.len()) && text.bytes().all(fits)
         };
         let object = |text: &str| name(text, b"-.", 253) && !text.starts_with('.');
+        let base = self.base.as_ref().map(|base| &base.bitmap);
         if checked(&self.uid).is_err() {
             Some("uid")
         } else if checked(&self.vm_uuid).is_err() {
             Some("vm_uuid")
         } else if !object(&self.namespace) || !object(&self.name) || !object(&self.vm) {
             Some("name")
-        } else if self.bitmap.as_ref().is_some_and(|bitmap| !name(bitmap, b"_.:-", 200)) {
+        } else if !self.bitmap.iter().chain(base).all(|bitmap| name(bitmap, b"_.:-", 200)) {
             Some("bitmap")
         } else if !self.disks.iter().all(|disk| is_disk_target(&disk.target)) {
             Some("disk")
@@ -57,6 +61,17 @@ impl Record {
             None
         }
     }
+}
+
+/// The checkpoint that an incremental backup starts from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Its name in libvirt, and of its bitmaps.
+    pub bitmap: String,
+    /// When it was made, in seconds since 1970.
+    pub created: i64,
+    /// A disk whose bitmap is not whole fails the backup, and is not read in full.
+    pub strict: bool,
 }
 
 /// One disk of a backup.
@@ -70,4 +85,10 @@ pub struct PlannedDisk {
     pub image: Option<PathBuf>,
     /// Whether the checkpoint has a bitmap in it.
     pub in_checkpoint: bool,
+    /// Whether what changed since the base is read, and not all.
+    #[serde(default)]
+    pub incremental: bool,
+    /// Why all is read although the backup is incremental, and more about it.
+    #[serde(default)]
+    pub full_because: Option<(FullReason, Option<String>)>,
 }

@@ -46,6 +46,7 @@ fn record(uid: &str) -> Record {
         vm: "v".into(),
         vm_uuid: uid.into(),
         bitmap: None,
+        base: None,
         disks: vec![],
         quiesce: QuiesceMode::None,
         quiesce_seconds: 1,
@@ -63,12 +64,15 @@ fn a_record_that_leads_elsewhere_is_none() {
         size: 1,
         image: Some(image.into()),
         in_checkpoint: true,
+        incremental: false,
+        full_because: None,
     };
     for bad in [
         Record { vm_uuid: "..".into(), ..good.clone() },
         Record { name: "../x".into(), ..good.clone() },
         Record { namespace: String::new(), ..good.clone() },
         Record { bitmap: Some("a b".into()), ..good.clone() },
+        Record { base: Some(Base { bitmap: "<x>".into(), created: 1, strict: false }), ..good.clone() },
         Record { disks: vec![disk("../vda", "/i")], ..good.clone() },
         Record { disks: vec![disk("vda", "json:{}")], ..good.clone() },
     ] {

@@ -233,7 +233,7 @@ async fn open(
                 disk: disk.clone(),
                 size: planned.size,
                 export,
-                dirty: false,
+                dirty: planned.incremental,
                 filename: None,
             },
             secret: 1,

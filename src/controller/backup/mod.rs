@@ -1,5 +1,6 @@
 //! VmBackups: gather, resolve, desired, apply, status. The operator's part of their life.
 
+pub mod base;
 pub mod desired;
 pub mod resolve;
 pub mod status;
@@ -17,7 +18,8 @@ use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
 use super::context::{Parting, is_host_clean, parting};
 use super::{Context, OperatorError, checkpoint};
 use crate::api::{
-    self, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup, VmBackupStatus, VmCheckpoint,
+    self, BackupType, FullReason, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup,
+    VmBackupStatus, VmCheckpoint,
 };
 use crate::clock;
 use crate::cluster;
@@ -85,8 +87,23 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
         // the store is behind; the newer one is on its way here
         return Ok(Requeue::requeue(Duration::from_millis(20)));
     }
+    let checkpoints = match backup.spec.backup_type {
+        BackupType::Full => Vec::new(),
+        // by the namespace: one that is named and of another VM is told from one that is not there
+        BackupType::Incremental => {
+            let api = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
+            api.list(&ListParams::default()).await?.items
+        }
+    };
     let now = clock::now();
-    let facts = Facts { domain: domain.as_ref(), others: &others, node, agent_answers, now };
+    let facts = Facts {
+        domain: domain.as_ref(),
+        others: &others,
+        checkpoints: &checkpoints,
+        node,
+        agent_answers,
+        now,
+    };
     let generation = backup.metadata.generation;
     match resolve(&backup, &facts) {
         Verdict::Bind(binding) => Ok(Requeue::requeue(bind(&api, &backup, old, &binding, context).await?)),
@@ -288,9 +305,15 @@ async fn settle(
             }
         }
     }
+    let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
+    if let Some(base) = &status.from_checkpoint {
+        let broken = status.disks.iter().filter(|disk| disk.mode_reason == Some(FullReason::BitmapInvalid));
+        let broken: Vec<_> =
+            broken.map(|disk| (disk.name.clone(), disk.mode_message.clone().unwrap_or_default())).collect();
+        checkpoint::invalidate(&checkpoints, base, &broken, context).await?;
+    }
     // one that was made, and then not bound, has its deterministic name
     let name = status.to_checkpoint.clone().unwrap_or_else(|| desired::checkpoint_name(backup));
-    let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
     let Some(found) = checkpoints.get_opt(&name).await? else { return Ok(()) };
     if status.phase == Phase::Succeeded {
         checkpoint::make_usable(&checkpoints, &found, clock::now()).await?;

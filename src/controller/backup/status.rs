@@ -34,6 +34,7 @@ pub fn bound(
         node_name: Some(binding.node.clone()),
         vm_uuid: Some(binding.vm_uuid.clone()),
         to_checkpoint: checkpoint,
+        from_checkpoint: binding.from_checkpoint.clone(),
         disks: binding.disks.clone(),
         start_time: Some(Time(conditions::whole_seconds(now))),
         ..old.clone()

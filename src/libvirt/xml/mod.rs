@@ -264,16 +264,35 @@ pub struct BackupDisk<'a> {
     pub target: &'a str,
     /// Path of its scratch image.
     pub scratch: &'a str,
+    /// The checkpoint that it starts from; `None` for all of it.
+    pub base: Option<&'a str>,
 }
 
-/// The `<domainbackup>` of a full pull backup over a unix socket (libvirt, formatbackup). Disks that are
-/// not listed are left out.
+/// The name under which a disk's changes since its base are exported: an NBD client asks for
+/// `qemu:dirty-bitmap:` and this.
+pub fn dirty_context(target: &str) -> String {
+    format!("backup-{target}")
+}
+
+/// The `<domainbackup>` of a pull backup over a unix socket (libvirt, formatbackup). Disks that are not listed are
+/// left out.
 pub fn backup_xml(socket: &str, disks: &[BackupDisk<'_>]) -> String {
-    let mut xml =
-        format!("<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>", escape(socket));
+    let mut xml = "<domainbackup mode='pull'>".to_owned();
+    if let Some(base) = disks.iter().find_map(|disk| disk.base) {
+        xml += &format!("<incremental>{}</incremental>", escape(base));
+    }
+    xml += &format!("<server transport='unix' socket='{}'/><disks>", escape(socket));
     for disk in disks {
+        let mode = match disk.base {
+            None => "backupmode='full'".to_owned(),
+            Some(base) => format!(
+                "backupmode='incremental' incremental='{}' exportbitmap='{}'",
+                escape(base),
+                escape(&dirty_context(disk.target))
+            ),
+        };
         xml += &format!(
-            "<disk name='{target}' backup='yes' type='file' backupmode='full' exportname='{target}'>\
+            "<disk name='{target}' backup='yes' type='file' {mode} exportname='{target}'>\
              <driver type='qcow2'/><scratch file='{scratch}'><seclabel model='dac' relabel='no'/></scratch></disk>",
             target = escape(disk.target),
             scratch = escape(disk.scratch)

@@ -62,7 +62,7 @@ fn what_is_no_domain_is_refused() {
 
 #[test]
 fn names_are_escaped() {
-    let disk = BackupDisk { target: "vda", scratch: "/run/a'b<c>&/vda.scratch" };
+    let disk = BackupDisk { target: "vda", scratch: "/run/a'b<c>&/vda.scratch", base: None };
     let expected = "<domainbackup mode='pull'><server transport='unix' socket='/run/s&apos;k'/><disks>\
         <disk name='vda' backup='yes' type='file' backupmode='full' exportname='vda'><driver type='qcow2'/>\
         <scratch file='/run/a&apos;b&lt;c&gt;&amp;/vda.scratch'><seclabel model='dac' relabel='no'/></scratch></disk>\
@@ -74,7 +74,7 @@ fn names_are_escaped() {
 #[test]
 fn a_name_cannot_leave_its_place_nor_change_in_it() {
     for name in ["/run/a b\tc\r\nd", "' x='y", "]]>--><!-- &lt; &#10;", "\u{85}\u{2028}\u{1F4BE}"] {
-        let disk = BackupDisk { target: name, scratch: name };
+        let disk = BackupDisk { target: name, scratch: name, base: None };
         assert_eq!(backup_socket(&backup_xml(name, &[disk])).as_deref(), Some(name));
     }
     assert!(checkpoint_xml("a\nb", &["v\tda"], None).contains("<name>a&#10;b</name>"));
@@ -91,6 +91,26 @@ fn a_chain_as_long_as_libvirts_longest_is_read_and_a_longer_one_refused() {
     };
     assert_eq!(nested(200).unwrap().devices.disks[0].sighted(None).backing_chain.len(), 201);
     assert!(nested(100_000).is_err(), "and the stack is left alone");
+}
+
+#[test]
+fn incremental_and_full_disks_go_in_one_backup() {
+    let from = BackupDisk { target: "vda", scratch: "/s/a", base: Some("virtmark-1") };
+    let all = BackupDisk { target: "vdb", scratch: "/s/b", base: None };
+    let scratch = |path: &str| {
+        format!(
+            "<driver type='qcow2'/><scratch file='{path}'><seclabel model='dac' relabel='no'/></scratch></disk>"
+        )
+    };
+    let expected = format!(
+        "<domainbackup mode='pull'><incremental>virtmark-1</incremental><server transport='unix' socket='/k'/><disks>\
+         <disk name='vda' backup='yes' type='file' backupmode='incremental' incremental='virtmark-1' \
+         exportbitmap='backup-vda' exportname='vda'>{}\
+         <disk name='vdb' backup='yes' type='file' backupmode='full' exportname='vdb'>{}</disks></domainbackup>",
+        scratch("/s/a"),
+        scratch("/s/b")
+    );
+    assert_eq!(backup_xml("/k", &[from, all]), expected);
 }
 
 #[test]

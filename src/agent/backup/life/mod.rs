@@ -1,12 +1,12 @@
 //! The life of one backup on its host, as a value: what was done, what may still be there, what is next.
 //!
 //! ```text
-//!   New --MakeFiles--> Prepared --Freeze--> Quiesced --Begin--> Begun (serving)
-//!     \                   |                    |                  |
-//!      \------------------+--------------------+------------------/
+//!   New --MakeFiles--> Prepared --(Redefine the base)--Freeze--> Quiesced --Begin--> Begun (serving)
+//!     \                   |                                         |                  |
+//!      \------------------+-----------------------------------------+------------------/
 //!                                 | an end: wished, or forced by the world
 //!                                 v
-//!        Thaw, AbortJob, DeleteCheckpoint | ForgetCheckpoint, RemoveFiles  --> ended
+//!        Thaw, AbortJob, DeleteCheckpoint | ForgetCheckpoint, ForgetBase, RemoveFiles  --> ended
 //! ```
 //!
 //! The way up is a stage; the way down is a list of what the host may hold. `starting` notes what a call
@@ -24,6 +24,8 @@ use crate::reason::{Because, Reason, Retry};
 pub enum Action {
     /// Make the directories and the scratch images.
     MakeFiles,
+    /// Make libvirt know the checkpoint that the backup starts from.
+    Redefine,
     /// Freeze the guest's file systems.
     Freeze,
     /// Begin libvirt's backup job, with its checkpoint.
@@ -36,6 +38,8 @@ pub enum Action {
     DeleteCheckpoint,
     /// Remove libvirt's note of the checkpoint; its bitmaps stay, for the next incremental.
     ForgetCheckpoint,
+    /// Remove libvirt's note of the checkpoint that the backup started from; its bitmaps stay.
+    ForgetBase,
     /// Remove scratch images, socket and directories.
     RemoveFiles,
 }
@@ -43,7 +47,7 @@ pub enum Action {
 impl Action {
     /// Whether it leads to a backup that can be read, and not to its end.
     pub fn is_upward(self) -> bool {
-        matches!(self, Self::MakeFiles | Self::Freeze | Self::Begin)
+        matches!(self, Self::MakeFiles | Self::Redefine | Self::Freeze | Self::Begin)
     }
 }
 
@@ -72,6 +76,9 @@ pub struct Held {
     pub job: bool,
     /// libvirt's checkpoint.
     pub checkpoint: bool,
+    /// libvirt's note of the checkpoint that the backup starts from.
+    #[serde(default)]
+    pub base: bool,
 }
 
 /// How the backup ends.
@@ -148,6 +155,12 @@ pub struct Life {
     pub thawed_at: Option<Timestamp>,
     /// How often a thaw failed.
     pub thaw_failures: u32,
+    /// Whether it starts from a checkpoint.
+    #[serde(default)]
+    pub from_base: bool,
+    /// Whether libvirt knows that checkpoint, as far as this process made it.
+    #[serde(skip)]
+    pub based: bool,
     /// What could not be done in this pass, and why: the next pass tries again.
     #[serde(skip)]
     pub deferred: Vec<(Action, Because)>,
@@ -216,6 +229,8 @@ impl Life {
             }
             None => wanted.extend(match self.stage {
                 Stage::New => Some(Action::MakeFiles),
+                // what a dead process made libvirt know is seen to be whole again
+                Stage::Prepared | Stage::Quiesced if self.from_base && !self.based => Some(Action::Redefine),
                 Stage::Prepared => Some(Action::Freeze),
                 Stage::Quiesced => Some(Action::Begin),
                 Stage::Begun => None,
@@ -230,6 +245,7 @@ impl Life {
                     (held.job, Action::AbortJob),
                     // bitmaps and files only once no job can write them
                     (held.checkpoint && !held.job, checkpoint),
+                    (held.base && !held.job, Action::ForgetBase),
                     (held.files && !held.job, Action::RemoveFiles),
                 ];
                 wanted.extend(down.into_iter().filter(|(held, _)| *held).map(|(_, action)| action));
@@ -246,6 +262,7 @@ impl Life {
                 self.held.frozen = true;
                 self.frozen_at = Some(now);
             }
+            Action::Redefine => self.held.base = true,
             Action::Begin => {
                 self.held.job = true;
                 self.held.checkpoint = with_checkpoint;
@@ -254,6 +271,7 @@ impl Life {
             | Action::AbortJob
             | Action::DeleteCheckpoint
             | Action::ForgetCheckpoint
+            | Action::ForgetBase
             | Action::RemoveFiles => {}
         }
     }
@@ -262,13 +280,14 @@ impl Life {
     pub fn done(&mut self, action: Action, report: Report, freeze_required: bool, now: Timestamp) {
         match (action, report) {
             (Action::MakeFiles, Report::Done) => self.stage = Stage::Prepared,
+            (Action::Redefine, Report::Done) => self.based = true,
             (Action::Freeze, Report::Froze(freeze)) => self.froze(freeze, freeze_required),
             (Action::Begin, Report::Done) => {
                 self.stage = Stage::Begun;
                 self.ready_at = Some(now);
             }
-            (Action::MakeFiles | Action::Freeze | Action::Begin, Report::Failed(because))
-                if because.reason.retry() == Retry::Never =>
+            (action, Report::Failed(because))
+                if action.is_upward() && because.reason.retry() == Retry::Never =>
             {
                 self.end(Outcome::Failed(because));
             }
@@ -284,6 +303,7 @@ impl Life {
             (Action::DeleteCheckpoint | Action::ForgetCheckpoint, Report::Done) => {
                 self.held.checkpoint = false;
             }
+            (Action::ForgetBase, Report::Done) => self.held.base = false,
             (Action::RemoveFiles, Report::Done) => self.held.files = false,
             (action, Report::Failed(because)) => self.deferred.push((action, because)),
             // a report that does not fit its action is a slip of its doer: try again
@@ -358,6 +378,7 @@ impl Life {
         if !active {
             // the VM may come back with other disks
             self.stage = Stage::New;
+            self.based = false;
         }
     }
 
@@ -365,7 +386,13 @@ impl Life {
     fn meet_job(&mut self, now: Timestamp) {
         let known = self.stage > Stage::New;
         // whoever began it made the files too, and perhaps a checkpoint
-        self.held = Held { files: true, job: true, checkpoint: self.held.checkpoint || !known, ..self.held };
+        self.held = Held {
+            files: true,
+            job: true,
+            checkpoint: self.held.checkpoint || !known,
+            base: self.held.base || (self.from_base && !known),
+            ..self.held
+        };
         if self.outcome.is_some() || self.stage == Stage::Begun {
             return;
         }

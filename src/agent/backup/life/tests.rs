@@ -19,6 +19,7 @@ struct Host {
     frozen: bool,
     job: bool,
     checkpoint: bool,
+    base: bool,
     off: bool,
 }
 
@@ -70,11 +71,14 @@ fn world() -> impl Strategy<Value = World> {
 }
 
 impl Host {
-    fn perform(&mut self, action: Action) {
+    fn perform(&mut self, action: Action, from_base: bool) {
         match action {
             Action::MakeFiles => self.files = true,
+            Action::Redefine => self.base = true,
+            Action::ForgetBase => self.base = false,
             Action::Freeze => self.frozen = !self.off,
             Action::Begin => {
+                assert!(self.base || !from_base, "begun without its base");
                 if !self.off {
                     self.job = true;
                     self.checkpoint = true;
@@ -109,9 +113,9 @@ fn step(life: &mut Life, host: &mut Host, call: Call, required: bool, now: Times
     );
     life.starting(action, true, now);
     if matches!(call, Call::Works | Call::FailsAfter | Call::DiesAfter) {
-        host.perform(action);
+        host.perform(action, life.from_base);
     }
-    let works = !host.off || !matches!(action, Action::Freeze | Action::Begin);
+    let works = !host.off || !matches!(action, Action::Redefine | Action::Freeze | Action::Begin);
     let report = match call {
         Call::DiesBefore | Call::DiesAfter => {
             *life = successor(life);
@@ -134,8 +138,9 @@ proptest! {
     fn ends_thawed_and_clean(
         events in prop::collection::vec((world(), call()), 0..40),
         required: bool,
+        from_base: bool,
     ) {
-        let mut life = Life::default();
+        let mut life = Life { from_base, ..Life::default() };
         let mut host = Host::default();
         let mut now = 0;
         let mut finalized_while_serving = false;
@@ -184,25 +189,26 @@ proptest! {
     fn serves_in_the_end_however_often_its_process_dies(
         deaths in prop::collection::vec(prop_oneof![
             Just(Call::Works), Just(Call::Waits), Just(Call::DiesBefore), Just(Call::DiesAfter)], 0..20),
+        from_base: bool,
     ) {
-        let (mut life, mut host) = (Life::default(), Host::default());
+        let (mut life, mut host) = (Life { from_base, ..Life::default() }, Host::default());
         for (now, call) in deaths.into_iter().chain([Call::Works; 8]).enumerate() {
             life.retry();
             step(&mut life, &mut host, call, false, at(now.try_into().unwrap()));
         }
         prop_assert!(life.is_serving(), "{life:?}");
-        let serving = Host { files: true, job: true, checkpoint: true, ..Host::default() };
+        let serving = Host { files: true, job: true, checkpoint: true, base: from_base, ..Host::default() };
         prop_assert_eq!(host, serving);
     }
 
     #[test]
-    fn serves_when_all_works(required: bool) {
-        let (mut life, mut host) = (Life::default(), Host::default());
+    fn serves_when_all_works(required: bool, from_base: bool) {
+        let (mut life, mut host) = (Life { from_base, ..Life::default() }, Host::default());
         let mut steps = 0;
         while step(&mut life, &mut host, Call::Works, required, at(steps)) {
             steps += 1;
         }
-        prop_assert_eq!(steps, 4, "files, freeze, begin, thaw");
+        prop_assert_eq!(steps, if from_base { 5 } else { 4 }, "files, base, freeze, begin, thaw");
         prop_assert!(life.is_serving());
         prop_assert!(!host.frozen);
         prop_assert_eq!(life.frozen_milliseconds(), Some(2000));

@@ -3,9 +3,10 @@
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 
+use super::base;
 use crate::api::{
     BackupDisk, BackupSupport, DesiredState, DiskMode, DomainDisk, DomainState, LibvirtDomain, OfflinePolicy,
-    VmBackup,
+    VmBackup, VmCheckpoint,
 };
 use crate::reason::{Because, Reason, Retry};
 
@@ -16,6 +17,8 @@ pub struct Facts<'a> {
     pub domain: Option<&'a LibvirtDomain>,
     /// The other VmBackups of that VM in the namespace.
     pub others: &'a [VmBackup],
+    /// The VmCheckpoints in the namespace; asked for an incremental backup only.
+    pub checkpoints: &'a [VmCheckpoint],
     /// Whether the VM's node is there and not NotReady.
     pub node: NodeHealth,
     /// Whether that node's agent says that it lives.
@@ -44,6 +47,8 @@ pub struct Binding {
     pub vm_uuid: String,
     /// The disks.
     pub disks: Vec<BackupDisk>,
+    /// The checkpoint that some of them start from.
+    pub from_checkpoint: Option<String>,
     /// Those of them that can keep a bitmap.
     pub in_checkpoint: Vec<DomainDisk>,
 }
@@ -128,17 +133,37 @@ fn check(backup: &VmBackup, facts: &Facts<'_>) -> Result<Binding, Because> {
         let message = format!("VmBackup {} of the same VM is not finished", other.name_any());
         return no(Reason::BackupAlreadyRunning, message);
     }
-    let in_checkpoint: Vec<DomainDisk> =
+    bind(backup, node, domain.spec.uuid.clone(), &disks, facts.checkpoints)
+}
+
+/// How each disk is read, and from where.
+fn bind(
+    backup: &VmBackup,
+    node: String,
+    vm_uuid: String,
+    disks: &[DomainDisk],
+    checkpoints: &[VmCheckpoint],
+) -> Result<Binding, Because> {
+    let base = base::choose(backup, &vm_uuid, checkpoints)?;
+    let mut bound = Vec::with_capacity(disks.len());
+    for disk in disks {
+        let (mode, mode_reason) = base::mode(backup, disk, base)?;
+        bound.push(BackupDisk {
+            name: disk.target.clone(),
+            mode,
+            mode_reason,
+            mode_message: None,
+            size: disk.size,
+            in_checkpoint: disk.backup == BackupSupport::Incremental,
+            missing_bytes: None,
+            nbd: None,
+        });
+    }
+    let starts = bound.iter().any(|disk| disk.mode == DiskMode::Incremental);
+    let from_checkpoint = base.filter(|_| starts).map(kube::ResourceExt::name_any);
+    let in_checkpoint =
         disks.iter().filter(|disk| disk.backup == BackupSupport::Incremental).cloned().collect();
-    let disks = disks.iter().map(|disk| BackupDisk {
-        name: disk.target.clone(),
-        mode: DiskMode::Full,
-        size: disk.size,
-        in_checkpoint: disk.backup == BackupSupport::Incremental,
-        missing_bytes: None,
-        nbd: None,
-    });
-    Ok(Binding { node, vm_uuid: domain.spec.uuid.clone(), disks: disks.collect(), in_checkpoint })
+    Ok(Binding { node, vm_uuid, disks: bound, from_checkpoint, in_checkpoint })
 }
 
 /// The disks to back up, in the domain's order.

@@ -147,17 +147,36 @@ fn every_refusal_has_its_reason() {
     ];
     for (what, spec, state, node, now, expected) in table {
         let found = state.map(domain);
-        let facts = Facts { domain: found.as_ref(), others: &[], node, agent_answers: true, now: at(now) };
+        let facts = Facts {
+            domain: found.as_ref(),
+            others: &[],
+            checkpoints: &[],
+            node,
+            agent_answers: true,
+            now: at(now),
+        };
         assert_eq!(says(&resolve(&backup("a", 0, spec), &facts)), expected, "{what}");
     }
-    let silent =
-        Facts { domain: Some(&running), others: &[], node: NodeHealth::Up, agent_answers: false, now: at(1) };
+    let silent = Facts {
+        domain: Some(&running),
+        others: &[],
+        checkpoints: &[],
+        node: NodeHealth::Up,
+        agent_answers: false,
+        now: at(1),
+    };
     let verdict = resolve(&backup("a", 0, json!({})), &silent);
     assert_eq!(says(&verdict), ("wait", Some(Reason::AgentUnreachable)));
     let mut bare = running;
     bare.status.as_mut().unwrap().disks.retain(|disk| disk.backup == BackupSupport::Unsupported);
-    let facts =
-        Facts { domain: Some(&bare), others: &[], node: NodeHealth::Up, agent_answers: true, now: at(1) };
+    let facts = Facts {
+        domain: Some(&bare),
+        others: &[],
+        checkpoints: &[],
+        node: NodeHealth::Up,
+        agent_answers: true,
+        now: at(1),
+    };
     let verdict = resolve(&backup("a", 0, json!({})), &facts);
     assert_eq!(says(&verdict), ("fail", Some(Reason::DiskNotSupported)), "no disk at all");
 }
@@ -165,8 +184,14 @@ fn every_refusal_has_its_reason() {
 #[test]
 fn takes_every_disk_that_can_be_backed_up_in_the_domains_order() {
     let domain = domain(DomainState::Running);
-    let facts =
-        Facts { domain: Some(&domain), others: &[], node: NodeHealth::Up, agent_answers: true, now: at(1) };
+    let facts = Facts {
+        domain: Some(&domain),
+        others: &[],
+        checkpoints: &[],
+        node: NodeHealth::Up,
+        agent_answers: true,
+        now: at(1),
+    };
     let names = |spec| match resolve(&backup("a", 0, spec), &facts) {
         Verdict::Bind(binding) => {
             let bitmaps: Vec<_> = binding.in_checkpoint.iter().map(|disk| disk.target.clone()).collect();
@@ -201,6 +226,7 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
                 &Facts {
                     domain: Some(&domain),
                     others: &others,
+                    checkpoints: &[],
                     node: NodeHealth::Up,
                     agent_answers: true,
                     now: at(20),
@@ -219,6 +245,7 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
         let facts = Facts {
             domain: Some(&domain),
             others: &others,
+            checkpoints: &[],
             node: NodeHealth::Up,
             agent_answers: true,
             now: at(3),

@@ -1,0 +1,219 @@
+//! Where an incremental backup starts, and which disks can start there. Pure.
+//!
+//! Every checkpoint's bitmap records on its own, so any usable one can be a base. Chains of several owners
+//! (label `virtmark.dev/owner`) on one VM do not see each other unless a base is named.
+
+use kube::ResourceExt as _;
+
+use crate::api::{
+    self, BackupSupport, BackupType, DiskMode, DomainDisk, FullReason, InvalidCheckpointPolicy, VmBackup,
+    VmCheckpoint,
+};
+use crate::controller::checkpoint::is_usable;
+use crate::reason::{Because, Reason};
+
+/// What a backup of a disk reads, and why all of it where less was asked for.
+pub type Mode = (DiskMode, Option<FullReason>);
+
+/// The base of a backup of the VM with this uuid; `None` when every disk is read in full.
+///
+/// # Errors
+/// Why there is none, where that is an error.
+pub fn choose<'a>(
+    backup: &VmBackup,
+    vm_uuid: &str,
+    checkpoints: &'a [VmCheckpoint],
+) -> Result<Option<&'a VmCheckpoint>, Because> {
+    let spec = &backup.spec;
+    if spec.backup_type == BackupType::Full {
+        return Ok(None);
+    }
+    let or_full = |because| match spec.on_invalid_checkpoint {
+        InvalidCheckpointPolicy::FullBackup => Ok(None),
+        InvalidCheckpointPolicy::Fail => Err(because),
+    };
+    let Some(name) = &spec.from_checkpoint else {
+        let newest = checkpoints
+            .iter()
+            .filter(|checkpoint| checkpoint.spec.vm_uuid == vm_uuid && is_base(checkpoint))
+            .filter(|checkpoint| owner(checkpoint.labels()) == owner(backup.labels()))
+            .max_by_key(|checkpoint| (checkpoint.spec.creation_time.0, checkpoint.name_any()));
+        return match newest {
+            Some(newest) => Ok(Some(newest)),
+            None => {
+                let message = format!("VM {} has no usable checkpoint of this owner", spec.vm);
+                or_full(Because::new(Reason::CheckpointNotFound, message))
+            }
+        };
+    };
+    let Some(found) = checkpoints.iter().find(|checkpoint| checkpoint.name_any() == *name) else {
+        let message = format!("no VmCheckpoint {name} in this namespace");
+        return Err(Because::new(Reason::CheckpointNotFound, message));
+    };
+    if found.spec.vm_uuid != vm_uuid {
+        let message = format!("VmCheckpoint {name} is of VM {}, uuid {}", found.spec.vm, found.spec.vm_uuid);
+        return Err(Because::new(Reason::CheckpointOfOtherVm, message));
+    }
+    if !is_base(found) {
+        let message = format!("VmCheckpoint {name} is not usable: its conditions say why");
+        return or_full(Because::new(Reason::CheckpointInvalid, message));
+    }
+    Ok(Some(found))
+}
+
+fn is_base(checkpoint: &VmCheckpoint) -> bool {
+    is_usable(checkpoint) && checkpoint.metadata.deletion_timestamp.is_none()
+}
+
+fn owner(labels: &std::collections::BTreeMap<String, String>) -> Option<&str> {
+    labels.get(api::LABEL_OWNER).map(String::as_str)
+}
+
+/// How `disk` is read by a backup from `base`.
+///
+/// # Errors
+/// When it must be read in full, and the user wants none of that.
+pub fn mode(backup: &VmBackup, disk: &DomainDisk, base: Option<&VmCheckpoint>) -> Result<Mode, Because> {
+    if backup.spec.backup_type == BackupType::Full {
+        return Ok((DiskMode::Full, None));
+    }
+    let Some(base) = base else { return Ok((DiskMode::Full, Some(FullReason::NoBase))) };
+    let Some(why) = why_full(disk, base) else { return Ok((DiskMode::Incremental, None)) };
+    // a disk that never could be is no surprise
+    if backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail
+        && why != FullReason::CannotKeepBitmap
+    {
+        let message =
+            format!("disk {} cannot start from VmCheckpoint {}: {why}", disk.target, base.name_any());
+        return Err(Because::new(Reason::DiskNotInCheckpoint, message));
+    }
+    Ok((DiskMode::Full, Some(why)))
+}
+
+fn why_full(disk: &DomainDisk, base: &VmCheckpoint) -> Option<FullReason> {
+    if disk.backup != BackupSupport::Incremental {
+        return Some(FullReason::CannotKeepBitmap);
+    }
+    let Some(then) = base.spec.disks.iter().find(|then| then.target == disk.target) else {
+        return Some(FullReason::NotInCheckpoint);
+    };
+    if then.serial != disk.serial || then.format != disk.format {
+        return Some(FullReason::DiskReplaced);
+    }
+    if disk.size.is_some_and(|size| size != then.size) {
+        return Some(FullReason::SizeChanged);
+    }
+    let seen = base.status.iter().flat_map(|status| &status.disks).find(|seen| seen.target == disk.target);
+    seen.is_some_and(|seen| seen.consistent == Some(false)).then_some(FullReason::BitmapInvalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const UUID: &str = "00000000-0000-4000-8000-000000000001";
+    const OTHER: &str = "00000000-0000-4000-8000-000000000002";
+
+    fn checkpoint(name: &str, uuid: &str, taken: &str, owner: Option<&str>, usable: &str) -> VmCheckpoint {
+        let labels = owner.map(|owner| json!({"virtmark.dev/owner": owner}));
+        let usable = json!({"type": "Usable", "status": usable, "reason": "Test", "message": "",
+            "lastTransitionTime": "2026-11-25T00:00:00Z"});
+        serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmCheckpoint",
+            "metadata": {"name": name, "labels": labels},
+            "spec": {"vm": "db01", "vmUuid": uuid, "bitmap": format!("virtmark-{name}"), "creationTime": taken,
+                "disks": [{"target": "vda", "size": 100, "format": "qcow2"},
+                    {"target": "vdb", "serial": "s", "size": 100, "format": "qcow2"},
+                    {"target": "vdx", "size": 100, "format": "qcow2"}]},
+            "status": {"phase": "Ready", "conditions": [usable],
+                "disks": [{"target": "vdx", "consistent": false, "message": "broken"}]}}))
+        .unwrap()
+    }
+
+    fn backup(spec: Value, owner: Option<&str>) -> VmBackup {
+        let labels = owner.map(|owner| json!({"virtmark.dev/owner": owner}));
+        let mut whole = json!({"vm": "db01", "type": "Incremental"});
+        for (key, value) in spec.as_object().unwrap() {
+            whole[key] = value.clone();
+        }
+        serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmBackup",
+            "metadata": {"name": "b", "labels": labels}, "spec": whole}))
+        .unwrap()
+    }
+
+    #[test]
+    fn starts_from_the_newest_usable_one_of_its_owner() {
+        let world = [
+            checkpoint("old", UUID, "2026-11-01T00:00:00Z", None, "True"),
+            checkpoint("new", UUID, "2026-11-03T00:00:00Z", None, "True"),
+            checkpoint("newer-unusable", UUID, "2026-11-04T00:00:00Z", None, "False"),
+            checkpoint("newer-of-veeam", UUID, "2026-11-05T00:00:00Z", Some("veeam"), "True"),
+            checkpoint("newer-of-another", OTHER, "2026-11-06T00:00:00Z", None, "True"),
+        ];
+        let found = |spec, owner| {
+            choose(&backup(spec, owner), UUID, &world)
+                .map(|base| base.map(kube::ResourceExt::name_any))
+                .map_err(|b| b.reason)
+        };
+        let name = |name: &str| Ok(Some(name.to_owned()));
+        assert_eq!(found(json!({}), None), name("new"));
+        assert_eq!(found(json!({}), Some("veeam")), name("newer-of-veeam"));
+        assert_eq!(found(json!({}), Some("nobody")), Ok(None), "a full one, where there is no base");
+        assert_eq!(
+            found(json!({"onInvalidCheckpoint": "Fail"}), Some("nobody")),
+            Err(Reason::CheckpointNotFound)
+        );
+        assert_eq!(found(json!({"type": "Full"}), None), Ok(None));
+        assert_eq!(found(json!({"fromCheckpoint": "old"}), None), name("old"));
+        assert_eq!(
+            found(json!({"fromCheckpoint": "newer-of-veeam"}), None),
+            name("newer-of-veeam"),
+            "it was named"
+        );
+        assert_eq!(found(json!({"fromCheckpoint": "nothing"}), None), Err(Reason::CheckpointNotFound));
+        assert_eq!(
+            found(json!({"fromCheckpoint": "newer-of-another"}), None),
+            Err(Reason::CheckpointOfOtherVm)
+        );
+        assert_eq!(found(json!({"fromCheckpoint": "newer-unusable"}), None), Ok(None));
+        let strict = json!({"fromCheckpoint": "newer-unusable", "onInvalidCheckpoint": "Fail"});
+        assert_eq!(found(strict, None), Err(Reason::CheckpointInvalid));
+    }
+
+    #[test]
+    fn every_disk_has_its_mode_and_its_reason() {
+        let base = checkpoint("base", UUID, "2026-11-01T00:00:00Z", None, "True");
+        let disk = |target: &str, serial: Value, size: i64, format: &str, support: &str| -> DomainDisk {
+            serde_json::from_value(json!({"target": target, "serial": serial, "size": size, "format": format,
+                "backup": support}))
+            .unwrap()
+        };
+        let cases = [
+            ("as it was", disk("vda", json!(null), 100, "qcow2", "Incremental"), None),
+            ("with its serial", disk("vdb", json!("s"), 100, "qcow2", "Incremental"), None),
+            (
+                "another serial",
+                disk("vdb", json!("t"), 100, "qcow2", "Incremental"),
+                Some(FullReason::DiskReplaced),
+            ),
+            ("grown", disk("vda", json!(null), 101, "qcow2", "Incremental"), Some(FullReason::SizeChanged)),
+            ("new", disk("vdc", json!(null), 100, "qcow2", "Incremental"), Some(FullReason::NotInCheckpoint)),
+            ("raw", disk("vda", json!(null), 100, "raw", "Full"), Some(FullReason::CannotKeepBitmap)),
+            (
+                "broken",
+                disk("vdx", json!(null), 100, "qcow2", "Incremental"),
+                Some(FullReason::BitmapInvalid),
+            ),
+        ];
+        for (what, disk, why) in cases {
+            let expected = if why.is_some() { DiskMode::Full } else { DiskMode::Incremental };
+            assert_eq!(mode(&backup(json!({}), None), &disk, Some(&base)), Ok((expected, why)), "{what}");
+            let strict = mode(&backup(json!({"onInvalidCheckpoint": "Fail"}), None), &disk, Some(&base));
+            let fails = why.is_some_and(|why| why != FullReason::CannotKeepBitmap);
+            assert_eq!(strict.is_err(), fails, "{what}");
+            let full = (DiskMode::Full, Some(FullReason::NoBase));
+            assert_eq!(mode(&backup(json!({}), None), &disk, None), Ok(full), "{what}");
+        }
+    }
+}

@@ -221,7 +221,13 @@ impl Rig {
 
     /// Deletes the objects that the test made so far; what it deleted itself is gone already.
     pub fn delete_made(&self) -> Result<()> {
-        for (kind, name) in self.made.take().iter().rev() {
+        self.delete_made_after(0)
+    }
+
+    /// Deletes the objects that the test made after the first `kept`.
+    pub fn delete_made_after(&self, kept: usize) -> Result<()> {
+        let made = self.made.borrow_mut().split_off(kept);
+        for (kind, name) in made.iter().rev() {
             self.kubectl(&["delete", kind, name, "--ignore-not-found", "--timeout=60s"])?;
         }
         Ok(())
@@ -268,7 +274,8 @@ fn ready(status: &Value) -> Value {
     conditions.into_iter().find(|condition| condition["type"] == "Ready").unwrap_or_default()
 }
 
-fn merge(into: &mut Value, from: Value) {
+/// Puts the keys of one object into another.
+pub fn merge(into: &mut Value, from: Value) {
     if let (Value::Object(into), Value::Object(from)) = (into, from) {
         into.extend(from);
     }

@@ -1,6 +1,7 @@
 //! SIGKILL after each step of a backup, of the process that took it and of both: `docs/restarts.md` says what the
 //! successor finds and does.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -9,10 +10,17 @@ use virtmark::killpoint::VARIABLE;
 use virtmark::step::{Component, Step};
 use virtmark_bed::daemon::Daemon;
 use virtmark_bed::guest::{self, Image};
-use virtmark_bed::{Bed, Disk, wait_until};
+use virtmark_bed::{Bed, Disk, compare, wait_until};
 
 use super::history::History;
-use super::rig::{BOUND, MIB, Rig};
+use super::restore::restore;
+use super::rig::{BOUND, MIB, Rig, merge};
+
+/// The disks that are backed up.
+const DISKS: [&str; 2] = ["vdb", "vdc"];
+
+/// How many objects the base is: its VmBackup and its VmCheckpoint.
+const OF_BASE: usize = 2;
 
 /// What the user does once the backup is Ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +31,12 @@ enum Way {
     Delete,
     /// Pulls the VM's plug.
     PowerOff,
+}
+
+/// Whether a backup in which this step is met, or after which only one process dies, starts from the base. All that die
+/// together are incremental, all that die alone full, where it makes no difference to the step.
+fn starts_from_base(step: Step, both: bool) -> bool {
+    both || matches!(step, Step::BaseRedefined | Step::BaseForgotten)
 }
 
 /// How a step is reached: which way, and after how many times of passing it.
@@ -60,16 +74,19 @@ impl Doomed {
 fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()> {
     let _alone = super::alone();
     let bed = Bed::from_env()?;
-    let disks = ["vdb", "vdc"].map(|target| Disk::qcow2(target, 32 * MIB));
+    let disks = DISKS.map(|target| Disk::qcow2(target, 32 * MIB));
     let vm = Image::get()?.boot("survivor", &bed.hypervisors[1], disks.clone())?;
     let mut frozen = Rig::of(bed, vm)?;
     let mut bare = Rig::off_on(1, "survivor-bare", disks)?;
+    let bases = [base(&frozen)?, base(&bare)?];
     let history = History::watch(&frozen.bed)?;
     let (mut count, started) = (0, Instant::now());
     for both in [false, true] {
         for &step in Step::ALL {
             for (way, passes) in reached_by(step) {
-                let rig = if way == Way::PowerOff { &mut bare } else { &mut frozen };
+                let (rig, base) =
+                    if way == Way::PowerOff { (&mut bare, &bases[1]) } else { (&mut frozen, &bases[0]) };
+                let base = starts_from_base(step, both).then_some(base.as_str());
                 if rig.vm.state()? != "running" {
                     rig.vm.start()?;
                     rig.published("Running")?;
@@ -77,7 +94,7 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
                 count += 1;
                 let began = Instant::now();
                 let killed = if both { "both" } else { "one" };
-                survive(rig, step, passes, way, both, count)
+                survive(rig, base, (step, passes), way, both, count)
                     .with_context(|| format!("killed {killed} after {step}:{passes} ({way:?})"))?;
                 println!("{step}:{passes} {way:?} {killed}: {} ms", began.elapsed().as_millis());
             }
@@ -91,12 +108,45 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
     Ok(())
 }
 
-fn survive(rig: &mut Rig, step: Step, passes: u32, way: Way, both: bool, number: u8) -> Result<()> {
+/// A full backup of the VM, for others to start from; answers its checkpoint.
+fn base(rig: &Rig) -> Result<String> {
+    let name = format!("{}-base", rig.vm.name);
+    if rig.vm.state()? != "running" {
+        rig.vm.start()?;
+        rig.published("Running")?;
+    }
+    rig.backup(&name, json!({"quiesce": {"mode": "None"}, "disks": DISKS}))?;
+    rig.phase("vmbackup", &name, "Ready")?;
+    let checkpoint = rig.checkpoint_of(&name)?;
+    rig.made("vmcheckpoint", &checkpoint);
+    for disk in DISKS {
+        let then = rig.vm.remember(disk)?;
+        restore(&rig.ticket(&format!("{name}-{disk}"))?, false, &image(rig, disk))?;
+        compare(&then, &image(rig, disk), "raw")?;
+    }
+    rig.state("vmbackup", &name, "Finalized")?;
+    rig.phase("vmbackup", &name, "Succeeded")?;
+    Ok(checkpoint)
+}
+
+/// What was restored of a disk: every incremental that starts from the base has all that those before it had.
+fn image(rig: &Rig, disk: &str) -> PathBuf {
+    rig.files.path().join(format!("{disk}.raw"))
+}
+
+fn survive(
+    rig: &mut Rig,
+    base: Option<&str>,
+    (step, passes): (Step, u32),
+    way: Way,
+    both: bool,
+    number: u8,
+) -> Result<()> {
     // the other VM's rig may have started other processes meanwhile
     rig.bed = Bed::from_env()?;
     let name = format!("survivor-{number}-{}", step.as_str().to_lowercase());
     let quiesce = if rig.vm.name == "survivor" { "Required" } else { "None" };
-    for disk in ["vdb", "vdc"] {
+    for disk in DISKS {
         rig.vm.write(disk, u64::from(number) * 65536, 3 * MIB, number)?;
     }
     let kept = rig.bitmaps("vdb")?.len();
@@ -108,7 +158,7 @@ fn survive(rig: &mut Rig, step: Step, passes: u32, way: Way, both: bool, number:
     dies.restart(&[(VARIABLE, &format!("{step}:{passes}"))])?;
     let doomed = Doomed { dies, other, both };
     let reviver = std::thread::spawn(move || doomed.succeed());
-    let lived = live(rig, &name, way, quiesce);
+    let lived = live(rig, &name, base, way, quiesce);
     let (dies, other) = reviver.join().map_err(|_| anyhow::anyhow!("the reviver died"))??;
     match step.component() {
         Component::Operator => (rig.bed.operator, rig.bed.agents[1]) = (dies, other),
@@ -116,27 +166,41 @@ fn survive(rig: &mut Rig, step: Step, passes: u32, way: Way, both: bool, number:
     }
     rig.bed.store()?;
     lived?;
-    left_clean(rig, &name, way, kept)
+    left_clean(rig, &name, way, kept)?;
+    rig.delete_made_after(OF_BASE)
 }
 
 /// The user's part. Whoever dies meanwhile, it is the same.
-fn live(rig: &Rig, name: &str, way: Way, quiesce: &str) -> Result<()> {
-    rig.backup(name, json!({"disks": ["vdb", "vdc"], "quiesce": {"mode": quiesce}}))?;
-    rig.phase("vmbackup", name, "Ready")?;
+fn live(rig: &Rig, name: &str, base: Option<&str>, way: Way, quiesce: &str) -> Result<()> {
+    let mut spec = json!({"disks": DISKS, "quiesce": {"mode": quiesce}});
+    if let Some(base) = base {
+        merge(&mut spec, json!({"type": "Incremental", "fromCheckpoint": base}));
+    }
+    rig.backup(name, spec)?;
+    let status = rig.phase("vmbackup", name, "Ready")?;
+    let expected = if base.is_some() { "Incremental" } else { "Full" };
+    for disk in status["disks"].as_array().into_iter().flatten() {
+        ensure!(disk["mode"] == expected, "not {expected}: {disk}");
+    }
     if quiesce == "Required" {
         wait_until(Duration::from_secs(20), "the guest to be thawed", || {
             Ok((!guest::is_frozen(&rig.vm)?).then_some(()))
         })?;
     }
-    let then = ["vdb", "vdc"].map(|disk| rig.vm.remember(disk));
+    let then = DISKS.map(|disk| rig.vm.remember(disk));
     rig.vm.write("vdb", 0, MIB, 0xee)?;
     match way {
         Way::Finalize => {
-            for (disk, then) in ["vdb", "vdc"].into_iter().zip(then) {
-                let then = then?;
-                wait_until(BOUND, &format!("{disk} to be read"), || {
-                    Ok(rig.read(&format!("{name}-{disk}"), &then).ok())
-                })?;
+            for (disk, then) in DISKS.into_iter().zip(then) {
+                let (then, transfer) = (then?, format!("{name}-{disk}"));
+                let read = || match base {
+                    None => rig.read(&transfer, &then),
+                    Some(_) => {
+                        restore(&rig.ticket(&transfer)?, true, &image(rig, disk))?;
+                        compare(&then, &image(rig, disk), "raw")
+                    }
+                };
+                wait_until(BOUND, &format!("{disk} to be read"), || Ok(read().ok()))?;
             }
             rig.state("vmbackup", name, "Finalized")?;
             rig.phase("vmbackup", name, "Succeeded").map(drop)
@@ -192,5 +256,5 @@ fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
         }
         ensure!(rig.bitmaps("vdb")?.len() == kept, "a deleted checkpoint's bitmap is left");
     }
-    rig.delete_made()
+    Ok(())
 }

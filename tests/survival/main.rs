@@ -12,6 +12,8 @@ mod kills;
 mod namespace;
 mod nodes;
 mod readers;
+#[path = "../cluster/restore.rs"]
+mod restore;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod rig;

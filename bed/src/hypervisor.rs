@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rand::Rng as _;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Ledger, Process};
@@ -115,7 +116,7 @@ impl Hypervisor {
     /// Cuts its power: everything in it is gone at once.
     pub fn power_off(&mut self) {
         if let Some(init) = self.init.take() {
-            init.signal(rustix::process::Signal::KILL);
+            init.signal(Signal::KILL);
             init.end();
         }
     }
@@ -135,6 +136,39 @@ impl Hypervisor {
             bail!("virsh {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Ends its libvirtd, politely or with SIGKILL, and answers which it was. QEMUs go on, and so does PID 1, which
+    /// starts another.
+    ///
+    /// # Errors
+    /// When none runs, or it does not end.
+    pub fn end_libvirtd(&self, politely: bool) -> Result<Process> {
+        let old = self.libvirtd().context("no libvirtd runs")?;
+        old.signal(if politely { Signal::TERM } else { Signal::KILL });
+        wait_until(Duration::from_secs(40), "libvirtd to end", || Ok((!old.is_alive()).then_some(())))?;
+        Ok(old)
+    }
+
+    /// Waits until another libvirtd than `old` answers.
+    ///
+    /// # Errors
+    /// When none comes up.
+    pub fn libvirtd_after(&self, old: &Process) -> Result<()> {
+        wait_until(Duration::from_secs(40), "another libvirtd", || {
+            let other = self.libvirtd().is_some_and(|new| new != *old);
+            Ok(other.then(|| self.virsh(&["version"]).ok()).flatten().map(drop))
+        })
+    }
+
+    fn libvirtd(&self) -> Option<Process> {
+        let init = self.init.as_ref()?.pid;
+        let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children")).ok()?;
+        let mut pids = children.split_whitespace();
+        let pid = pids.find(|pid| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "libvirtd")
+        })?;
+        Process::find(pid.parse().ok()?, "libvirtd", false)
     }
 
     /// The log of one domain's QEMU.

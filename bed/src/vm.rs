@@ -12,7 +12,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use rustix::process::Signal;
+
 use crate::hypervisor::{Hypervisor, random_uuid};
+use crate::ledger::Process;
 use crate::wait::wait_until;
 
 /// A disk to make.
@@ -178,6 +181,34 @@ impl Vm {
     /// libvirt's.
     pub fn start(&self) -> Result<()> {
         self.hypervisor.virsh(&["start", &self.name]).map(drop)
+    }
+
+    /// Its QEMU.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn qemu(&self) -> Result<Process> {
+        let ours = |pid: u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.split('\0').next().is_some_and(|name| name.contains("qemu-system"))
+                && line.contains(&format!("-uuid\0{}\0", self.uuid))
+        };
+        let mut pids = fs::read_dir("/proc")?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
+        let pid = pids.find(|pid| ours(*pid)).with_context(|| format!("{} has no QEMU", self.name))?;
+        Process::find(pid, "qemu", false).context("it has ended")
+    }
+
+    /// Kills its QEMU, with SIGKILL, and waits until libvirt has seen it.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn kill(&self) -> Result<()> {
+        self.qemu()?.signal(Signal::KILL);
+        wait_until(Duration::from_secs(20), "libvirt to see that QEMU is gone", || {
+            Ok((self.state().unwrap_or_default() != "running").then_some(()))
+        })
     }
 
     /// Pulls its plug.

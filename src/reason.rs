@@ -114,6 +114,8 @@ reasons! {
     DiskNotInCheckpoint Never "VmBackup", "set onInvalidCheckpoint to FullBackup, or make a full backup",
     /// libvirt does not take the checkpoint, and onInvalidCheckpoint is Fail.
     RedefineFailed Never "VmBackup", "set onInvalidCheckpoint to FullBackup, or make a full backup",
+    /// No disk can keep a dirty bitmap and onInvalidCheckpoint is Fail, or this libvirt or QEMU knows no backups.
+    IncrementalNotSupported Never "VmBackup", "convert a disk to qcow2, set type to Full, or upgrade the hypervisor as the message says",
     /// The guest could not be frozen, and quiesce.mode is Required.
     QuiesceFailed Never "VmBackup", "check the guest agent, or set quiesce.mode to BestEffort",
     /// The VM was replaced by another one of the same name.

@@ -68,9 +68,10 @@ pub struct CheckpointDisk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 256))]
     pub serial: Option<String>,
-    /// Its virtual size in bytes.
+    /// Its virtual size in bytes; absent when libvirt could not tell at that moment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
-    pub size: i64,
+    pub size: Option<i64>,
     /// Its image format, `qcow2`.
     #[schemars(length(max = 32))]
     pub format: String,

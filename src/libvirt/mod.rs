@@ -46,6 +46,11 @@ impl LibvirtError {
         self.code == virt::sys::VIR_ERR_NO_DOMAIN_BACKUP || self.code == virt::sys::VIR_ERR_OPERATION_INVALID
     }
 
+    /// This libvirt, or the domain's QEMU, cannot do it (`VIR_ERR_OPERATION_UNSUPPORTED`, `VIR_ERR_NO_SUPPORT`).
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self.code, virt::sys::VIR_ERR_OPERATION_UNSUPPORTED | virt::sys::VIR_ERR_NO_SUPPORT)
+    }
+
     /// The checkpoint does not exist (`VIR_ERR_NO_DOMAIN_CHECKPOINT`).
     pub fn is_no_checkpoint(&self) -> bool {
         self.code == virt::sys::VIR_ERR_NO_DOMAIN_CHECKPOINT
@@ -210,12 +215,12 @@ impl Libvirt {
         }
     }
 
-    /// Makes libvirt know a checkpoint whose bitmaps are in the images.
+    /// Makes libvirt know a checkpoint whose bitmaps are in the images; with `validate` it looks at them first.
     ///
     /// # Errors
     /// libvirt's: a bitmap is missing or inconsistent.
-    pub fn checkpoint_redefine(&self, uuid: &str, xml: &str) -> Result<(), LibvirtError> {
-        ffi::checkpoint_redefine(&self.domain(uuid)?, xml)
+    pub fn checkpoint_redefine(&self, uuid: &str, xml: &str, validate: bool) -> Result<(), LibvirtError> {
+        ffi::checkpoint_redefine(&self.domain(uuid)?, xml, validate)
     }
 
     /// Deletes a checkpoint that libvirt knows, with its bitmaps unless `metadata_only`.
@@ -236,7 +241,8 @@ fn listed(domain: &Domain) -> Result<Listed, LibvirtError> {
         .filter(xml::Disk::has_source)
         .filter_map(|disk| {
             let capacity = domain.block_info(&disk.target.dev, 0).ok()?.capacity;
-            Some((disk.target.dev, capacity))
+            // nought is what libvirt says of any disk while it does not know: seen after restarts of it and of VMs
+            (capacity > 0).then_some((disk.target.dev, capacity))
         })
         .collect();
     Ok(Listed { state: domain_state(state.known(), why), xml, sizes })

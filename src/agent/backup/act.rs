@@ -55,6 +55,9 @@ pub enum HostError {
     /// A disk of the backup is no more.
     #[error("the VM has no disk {0}")]
     NoDisk(String),
+    /// libvirt does not tell a disk's size while the domain is starting, say.
+    #[error("libvirt does not tell the size of disk {0} at the moment")]
+    NoSize(String),
     /// libvirt does not take the base for a disk.
     #[error("disk {disk}: {message}")]
     Redefine {
@@ -72,8 +75,9 @@ impl HostError {
     fn because(&self) -> Because {
         let reason = match self {
             // it is on its way to another node, or back
-            Self::NoDomain => Reason::VmBusy,
+            Self::NoDomain | Self::NoSize(_) => Reason::VmBusy,
             Self::Libvirt(error) if error.is_no_domain() => Reason::VmBusy,
+            Self::Libvirt(error) if error.is_unsupported() => Reason::IncrementalNotSupported,
             Self::Redefine { .. } => Reason::RedefineFailed,
             _ => Reason::HypervisorError,
         };
@@ -106,8 +110,14 @@ impl Host {
                 Some(bitmap) => self.delete_checkpoint(&record.vm_uuid, bitmap, &bitmap_disks(record)),
                 None => Ok(()),
             },
-            Action::ForgetCheckpoint => self.forget(record, record.bitmap.as_deref()),
-            Action::ForgetBase => self.forget(record, record.base.as_ref().map(|base| base.bitmap.as_str())),
+            Action::ForgetCheckpoint => match &record.bitmap {
+                Some(bitmap) => self.forget(&record.vm_uuid, bitmap),
+                None => Ok(()),
+            },
+            Action::ForgetBase => match &record.base {
+                Some(base) => self.forget(&record.vm_uuid, &base.bitmap),
+                None => Ok(()),
+            },
             Action::RemoveFiles => self.state.remove_run(&record.uid).map_err(HostError::from),
         };
         match done {
@@ -123,10 +133,11 @@ impl Host {
         let run = self.state.make_run(&record.uid)?;
         for planned in &mut record.disks {
             let missing = || HostError::NoDisk(planned.target.clone());
+            let unknown = || HostError::NoSize(planned.target.clone());
             let disk =
                 domain.devices.disks.iter().find(|d| d.target.dev == planned.target).ok_or_else(missing)?;
             let (_, size) =
-                listed.sizes.iter().find(|(target, _)| *target == planned.target).ok_or_else(missing)?;
+                listed.sizes.iter().find(|(target, _)| *target == planned.target).ok_or_else(unknown)?;
             planned.size = *size;
             planned.image = disk.path().map(PathBuf::from);
             let scratch = self.state.scratch_of(&record.uid, &planned.target)?;
@@ -142,14 +153,14 @@ impl Host {
     }
 
     /// Makes libvirt know the base, after it saw that the bitmaps are whole. A disk whose bitmap is not is read in full,
-    /// and no other: each is asked for alone when all together are refused.
+    /// or fails the backup, and no other: each is asked for alone when all together are refused.
     fn redefine(&self, record: &mut Record) -> Result<(), HostError> {
         let Some(base) = record.base.clone() else { return Ok(()) };
         // an earlier try may have made it for other disks
-        self.forget(record, Some(&base.bitmap))?;
+        self.forget(&record.vm_uuid, &base.bitmap)?;
         let define = |targets: &[&str]| {
             let xml = xml::checkpoint_xml(&base.bitmap, targets, Some(base.created));
-            self.libvirt.checkpoint_redefine(&record.vm_uuid, &xml)
+            self.libvirt.checkpoint_redefine(&record.vm_uuid, &xml, true)
         };
         let wanted: Vec<_> =
             record.disks.iter().filter(|disk| disk.incremental).map(|disk| disk.target.clone()).collect();
@@ -161,26 +172,24 @@ impl Host {
         for target in &wanted {
             match define(&[target]) {
                 Ok(()) => {
-                    self.forget(record, Some(&base.bitmap))?;
+                    self.forget(&record.vm_uuid, &base.bitmap)?;
                     whole.push(target.as_str());
                 }
                 Err(error) if names_no_bitmap(&error) => refused.push((target.clone(), error.message)),
                 Err(error) => return Err(error.into()),
             }
         }
-        if let Some((disk, message)) = refused.first().filter(|_| base.strict) {
-            return Err(HostError::Redefine { disk: disk.clone(), message: message.clone() });
-        }
-        if !whole.is_empty() {
-            define(&whole)?;
-        }
-        for (target, message) in refused {
-            for disk in record.disks.iter_mut().filter(|disk| disk.target == target) {
+        for (target, message) in &refused {
+            for disk in record.disks.iter_mut().filter(|disk| disk.target == *target) {
                 disk.incremental = false;
                 disk.full_because = Some((FullReason::BitmapInvalid, Some(message.clone())));
             }
         }
-        Ok(())
+        match refused.into_iter().next().filter(|_| base.strict) {
+            Some((disk, message)) => Err(HostError::Redefine { disk, message }),
+            None if whole.is_empty() => Ok(()),
+            None => Ok(define(&whole)?),
+        }
     }
 
     fn freeze(&self, record: &Record) -> Freeze {
@@ -287,9 +296,8 @@ impl Host {
     }
 
     /// Drops libvirt's note of a checkpoint; its bitmaps stay.
-    fn forget(&self, record: &Record, bitmap: Option<&str>) -> Result<(), HostError> {
-        let Some(bitmap) = bitmap else { return Ok(()) };
-        match self.libvirt.checkpoint_delete(&record.vm_uuid, bitmap, true) {
+    fn forget(&self, vm_uuid: &str, bitmap: &str) -> Result<(), HostError> {
+        match self.libvirt.checkpoint_delete(vm_uuid, bitmap, true) {
             Err(error) if error.is_no_checkpoint() || error.is_no_domain() => Ok(()),
             other => Ok(other?),
         }
@@ -312,10 +320,7 @@ impl Host {
         if listed.state.is_active() {
             return self.delete_live(vm_uuid, bitmap, disks);
         }
-        match self.libvirt.checkpoint_delete(vm_uuid, bitmap, true) {
-            Err(error) if !error.is_no_checkpoint() => return Err(error.into()),
-            _ => {}
-        }
+        self.forget(vm_uuid, bitmap)?;
         for image in disks.iter().filter_map(|(_, image)| image.as_ref()).filter(|image| image.exists()) {
             if bitmaps_of(image)?.iter().any(|name| name == bitmap) {
                 qemu_img("bitmap", &["--remove".as_ref(), image.as_ref(), bitmap.as_ref()])?;
@@ -331,22 +336,21 @@ impl Host {
         bitmap: &str,
         disks: &[(String, Option<PathBuf>)],
     ) -> Result<(), HostError> {
-        match self.libvirt.checkpoint_delete(vm_uuid, bitmap, false) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.is_no_checkpoint() => {}
-            // a bitmap that QEMU does not know leaves libvirt's note alone: seen after a QEMU was killed
-            Err(error) if error.message.contains("not found in backing chain") => {
-                return Ok(self.libvirt.checkpoint_delete(vm_uuid, bitmap, true)?);
-            }
-            Err(error) => return Err(error.into()),
-        }
-        // libvirt has no note of it, the images may have its bitmaps: tell libvirt disk by disk
+        self.forget(vm_uuid, bitmap)?;
+        // disk by disk, and unseen: what is missing or broken in one disk is no matter of the others
         for (target, _) in disks {
             let xml = xml::checkpoint_xml(bitmap, &[target], Some(1));
-            match self.libvirt.checkpoint_redefine(vm_uuid, &xml) {
-                Ok(()) => self.libvirt.checkpoint_delete(vm_uuid, bitmap, false)?,
-                Err(error) if names_no_bitmap(&error) => {}
+            match self.libvirt.checkpoint_redefine(vm_uuid, &xml, false) {
+                Ok(()) => {}
+                Err(error) if names_no_disk(&error) => continue,
                 Err(error) => return Err(error.into()),
+            }
+            match self.libvirt.checkpoint_delete(vm_uuid, bitmap, false) {
+                // a bitmap that QEMU does not know leaves libvirt's note alone: seen after a QEMU was killed
+                Err(error) if error.message.contains("not found in backing chain") => {
+                    self.forget(vm_uuid, bitmap)?;
+                }
+                other => other?,
             }
         }
         Ok(())
@@ -366,9 +370,14 @@ pub enum Job {
     Other,
 }
 
-/// The redefinition was refused because the bitmap, or the disk, is not there: nothing to delete.
+/// The redefinition was refused because a bitmap is missing or broken, or its disk is not there.
 fn names_no_bitmap(error: &LibvirtError) -> bool {
-    error.code == virt::sys::VIR_ERR_CHECKPOINT_INCONSISTENT || error.message.contains("no disk named")
+    error.code == virt::sys::VIR_ERR_CHECKPOINT_INCONSISTENT || names_no_disk(error)
+}
+
+/// The disk is not there.
+fn names_no_disk(error: &LibvirtError) -> bool {
+    error.message.contains("no disk named")
 }
 
 /// The disks of the record's checkpoint, with their images.

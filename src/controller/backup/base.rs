@@ -6,22 +6,37 @@
 use kube::ResourceExt as _;
 
 use crate::api::{
-    self, BackupSupport, BackupType, DiskMode, DomainDisk, FullReason, InvalidCheckpointPolicy, VmBackup,
-    VmCheckpoint,
+    self, BackupSupport, BackupType, CheckpointDiskStatus, DiskMode, DomainDisk, FullReason,
+    InvalidCheckpointPolicy, VmBackup, VmCheckpoint,
 };
 use crate::controller::checkpoint::is_usable;
 use crate::reason::{Because, Reason};
 
-/// What a backup of a disk reads, and why all of it where less was asked for.
-pub type Mode = (DiskMode, Option<FullReason>);
+/// What a backup of a disk reads, and why all of it where less was asked for, with more about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// How much.
+    pub mode: DiskMode,
+    /// Why all.
+    pub reason: Option<FullReason>,
+    /// More about the reason.
+    pub message: Option<String>,
+}
 
-/// The base of a backup of the VM with this uuid; `None` when every disk is read in full.
+impl Mode {
+    fn full(reason: Option<FullReason>) -> Self {
+        Self { mode: DiskMode::Full, reason, message: None }
+    }
+}
+
+/// The base of a backup of these disks of the VM with this uuid; `None` when every disk is read in full.
 ///
 /// # Errors
 /// Why there is none, where that is an error.
 pub fn choose<'a>(
     backup: &VmBackup,
     vm_uuid: &str,
+    disks: &[DomainDisk],
     checkpoints: &'a [VmCheckpoint],
 ) -> Result<Option<&'a VmCheckpoint>, Because> {
     let spec = &backup.spec;
@@ -32,7 +47,15 @@ pub fn choose<'a>(
         InvalidCheckpointPolicy::FullBackup => Ok(None),
         InvalidCheckpointPolicy::Fail => Err(because),
     };
+    let none_can = || {
+        let message = format!("no disk of VM {} that is asked for can keep a dirty bitmap", spec.vm);
+        Because::new(Reason::IncrementalNotSupported, message)
+    };
+    let can = disks.iter().any(|disk| disk.backup == BackupSupport::Incremental);
     let Some(name) = &spec.from_checkpoint else {
+        if !can {
+            return or_full(none_can());
+        }
         let newest = checkpoints
             .iter()
             .filter(|checkpoint| checkpoint.spec.vm_uuid == vm_uuid && is_base(checkpoint))
@@ -53,6 +76,9 @@ pub fn choose<'a>(
     if found.spec.vm_uuid != vm_uuid {
         let message = format!("VmCheckpoint {name} is of VM {}, uuid {}", found.spec.vm, found.spec.vm_uuid);
         return Err(Because::new(Reason::CheckpointOfOtherVm, message));
+    }
+    if !can {
+        return or_full(none_can());
     }
     if !is_base(found) {
         let message = format!("VmCheckpoint {name} is not usable: its conditions say why");
@@ -75,36 +101,55 @@ fn owner(labels: &std::collections::BTreeMap<String, String>) -> Option<&str> {
 /// When it must be read in full, and the user wants none of that.
 pub fn mode(backup: &VmBackup, disk: &DomainDisk, base: Option<&VmCheckpoint>) -> Result<Mode, Because> {
     if backup.spec.backup_type == BackupType::Full {
-        return Ok((DiskMode::Full, None));
+        return Ok(Mode::full(None));
     }
-    let Some(base) = base else { return Ok((DiskMode::Full, Some(FullReason::NoBase))) };
-    let Some(why) = why_full(disk, base) else { return Ok((DiskMode::Incremental, None)) };
-    // a disk that never could be is no surprise
-    if backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail
-        && why != FullReason::CannotKeepBitmap
-    {
-        let message =
-            format!("disk {} cannot start from VmCheckpoint {}: {why}", disk.target, base.name_any());
-        return Err(Because::new(Reason::DiskNotInCheckpoint, message));
+    if disk.backup != BackupSupport::Incremental {
+        // a disk that never could is no surprise
+        return Ok(Mode::full(Some(FullReason::CannotKeepBitmap)));
     }
-    Ok((DiskMode::Full, Some(why)))
+    let Some(base) = base else { return Ok(Mode::full(Some(FullReason::NoBase))) };
+    let Some(why) = why_full(disk, base) else {
+        return Ok(Mode { mode: DiskMode::Incremental, ..Mode::full(None) });
+    };
+    let seen = broken(disk, base).filter(|_| why == FullReason::BitmapInvalid);
+    let sizes = sizes(disk, base).filter(|_| why == FullReason::SizeChanged);
+    let sizes = sizes.map(|(now, then)| format!("{then} bytes at the checkpoint, {now} now"));
+    let mode = Mode { message: seen.map(|seen| seen.message.clone()).or(sizes), ..Mode::full(Some(why)) };
+    if backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::FullBackup {
+        return Ok(mode);
+    }
+    let message = format!("disk {} cannot start from VmCheckpoint {}: {why}", disk.target, base.name_any());
+    let reason = match why {
+        FullReason::BitmapInvalid => Reason::CheckpointInvalid,
+        _ => Reason::DiskNotInCheckpoint,
+    };
+    Err(Because::new(reason, mode.message.map_or(message.clone(), |more| format!("{message}: {more}"))))
 }
 
 fn why_full(disk: &DomainDisk, base: &VmCheckpoint) -> Option<FullReason> {
-    if disk.backup != BackupSupport::Incremental {
-        return Some(FullReason::CannotKeepBitmap);
-    }
     let Some(then) = base.spec.disks.iter().find(|then| then.target == disk.target) else {
         return Some(FullReason::NotInCheckpoint);
     };
     if then.serial != disk.serial || then.format != disk.format {
         return Some(FullReason::DiskReplaced);
     }
-    if disk.size.is_some_and(|size| size != then.size) {
+    // a size that is not known, now or then, says nothing; bitmaps are true over a resize
+    if sizes(disk, base).is_some_and(|(now, then)| now != then) {
         return Some(FullReason::SizeChanged);
     }
-    let seen = base.status.iter().flat_map(|status| &status.disks).find(|seen| seen.target == disk.target);
-    seen.is_some_and(|seen| seen.consistent == Some(false)).then_some(FullReason::BitmapInvalid)
+    broken(disk, base).map(|_| FullReason::BitmapInvalid)
+}
+
+/// The disk's size now, and at the checkpoint, where both are known.
+fn sizes(disk: &DomainDisk, base: &VmCheckpoint) -> Option<(i64, i64)> {
+    let then = base.spec.disks.iter().find(|then| then.target == disk.target)?;
+    disk.size.zip(then.size)
+}
+
+/// What was seen of the disk's bitmap, where it is not whole.
+fn broken<'a>(disk: &DomainDisk, base: &'a VmCheckpoint) -> Option<&'a CheckpointDiskStatus> {
+    let mut seen = base.status.iter().flat_map(|status| &status.disks);
+    seen.find(|seen| seen.target == disk.target && seen.consistent == Some(false))
 }
 
 #[cfg(test)]
@@ -142,6 +187,12 @@ mod tests {
         .unwrap()
     }
 
+    fn disk(target: &str, serial: Value, size: i64, format: &str, support: &str) -> DomainDisk {
+        serde_json::from_value(json!({"target": target, "serial": serial, "size": size, "format": format,
+            "backup": support}))
+        .unwrap()
+    }
+
     #[test]
     fn starts_from_the_newest_usable_one_of_its_owner() {
         let world = [
@@ -151,8 +202,9 @@ mod tests {
             checkpoint("newer-of-veeam", UUID, "2026-11-05T00:00:00Z", Some("veeam"), "True"),
             checkpoint("newer-of-another", OTHER, "2026-11-06T00:00:00Z", None, "True"),
         ];
+        let disks = [disk("vda", json!(null), 100, "qcow2", "Incremental")];
         let found = |spec, owner| {
-            choose(&backup(spec, owner), UUID, &world)
+            choose(&backup(spec, owner), UUID, &disks, &world)
                 .map(|base| base.map(kube::ResourceExt::name_any))
                 .map_err(|b| b.reason)
         };
@@ -179,18 +231,20 @@ mod tests {
         assert_eq!(found(json!({"fromCheckpoint": "newer-unusable"}), None), Ok(None));
         let strict = json!({"fromCheckpoint": "newer-unusable", "onInvalidCheckpoint": "Fail"});
         assert_eq!(found(strict, None), Err(Reason::CheckpointInvalid));
+        let raw = [disk("vdb", json!(null), 100, "raw", "Full")];
+        let found = |spec| choose(&backup(spec, None), UUID, &raw, &world).map_err(|because| because.reason);
+        assert_eq!(found(json!({})), Ok(None));
+        let strict = json!({"onInvalidCheckpoint": "Fail"});
+        assert_eq!(found(strict), Err(Reason::IncrementalNotSupported));
     }
 
     #[test]
     fn every_disk_has_its_mode_and_its_reason() {
         let base = checkpoint("base", UUID, "2026-11-01T00:00:00Z", None, "True");
-        let disk = |target: &str, serial: Value, size: i64, format: &str, support: &str| -> DomainDisk {
-            serde_json::from_value(json!({"target": target, "serial": serial, "size": size, "format": format,
-                "backup": support}))
-            .unwrap()
-        };
+        let unsized_disk = DomainDisk { size: None, ..disk("vda", json!(null), 100, "qcow2", "Incremental") };
         let cases = [
             ("as it was", disk("vda", json!(null), 100, "qcow2", "Incremental"), None),
+            ("of unknown size", unsized_disk, None),
             ("with its serial", disk("vdb", json!("s"), 100, "qcow2", "Incremental"), None),
             (
                 "another serial",
@@ -206,14 +260,29 @@ mod tests {
                 Some(FullReason::BitmapInvalid),
             ),
         ];
+        let strict = backup(json!({"onInvalidCheckpoint": "Fail"}), None);
         for (what, disk, why) in cases {
+            let message = match why {
+                Some(FullReason::BitmapInvalid) => Some("broken".to_owned()),
+                Some(FullReason::SizeChanged) => Some("100 bytes at the checkpoint, 101 now".to_owned()),
+                _ => None,
+            };
             let expected = if why.is_some() { DiskMode::Full } else { DiskMode::Incremental };
-            assert_eq!(mode(&backup(json!({}), None), &disk, Some(&base)), Ok((expected, why)), "{what}");
-            let strict = mode(&backup(json!({"onInvalidCheckpoint": "Fail"}), None), &disk, Some(&base));
-            let fails = why.is_some_and(|why| why != FullReason::CannotKeepBitmap);
-            assert_eq!(strict.is_err(), fails, "{what}");
-            let full = (DiskMode::Full, Some(FullReason::NoBase));
-            assert_eq!(mode(&backup(json!({}), None), &disk, None), Ok(full), "{what}");
+            let expected = Mode { mode: expected, reason: why, message };
+            assert_eq!(mode(&backup(json!({}), None), &disk, Some(&base)).unwrap(), expected, "{what}");
+            let refused = match why {
+                None | Some(FullReason::CannotKeepBitmap) => None,
+                Some(FullReason::BitmapInvalid) => Some(Reason::CheckpointInvalid),
+                Some(_) => Some(Reason::DiskNotInCheckpoint),
+            };
+            let found = mode(&strict, &disk, Some(&base)).err().map(|because| because.reason);
+            assert_eq!(found, refused, "{what}");
+            let why = match why {
+                Some(FullReason::CannotKeepBitmap) => FullReason::CannotKeepBitmap,
+                _ => FullReason::NoBase,
+            };
+            let without = mode(&backup(json!({}), None), &disk, None).unwrap();
+            assert_eq!(without, Mode::full(Some(why)), "{what}");
         }
     }
 }

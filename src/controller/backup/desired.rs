@@ -32,7 +32,7 @@ pub fn checkpoint(
     let disks = binding.in_checkpoint.iter().map(|disk| CheckpointDisk {
         target: disk.target.clone(),
         serial: disk.serial.clone(),
-        size: disk.size.unwrap_or_default(),
+        size: disk.size,
         format: disk.format.clone(),
     });
     let spec = VmCheckpointSpec {

@@ -144,15 +144,15 @@ fn bind(
     disks: &[DomainDisk],
     checkpoints: &[VmCheckpoint],
 ) -> Result<Binding, Because> {
-    let base = base::choose(backup, &vm_uuid, checkpoints)?;
+    let base = base::choose(backup, &vm_uuid, disks, checkpoints)?;
     let mut bound = Vec::with_capacity(disks.len());
     for disk in disks {
-        let (mode, mode_reason) = base::mode(backup, disk, base)?;
+        let mode = base::mode(backup, disk, base)?;
         bound.push(BackupDisk {
             name: disk.target.clone(),
-            mode,
-            mode_reason,
-            mode_message: None,
+            mode: mode.mode,
+            mode_reason: mode.reason,
+            mode_message: mode.message,
             size: disk.size,
             in_checkpoint: disk.backup == BackupSupport::Incremental,
             missing_bytes: None,

@@ -5,6 +5,7 @@
 
 mod access;
 mod backups;
+mod chain;
 mod costs;
 mod crds;
 mod guests;
@@ -13,6 +14,5 @@ mod inventory;
 mod limits;
 mod reasons;
 mod refusals;
-mod restore;
 mod rig;
 mod transfers;

@@ -74,19 +74,31 @@ impl Rig {
 
     /// Makes a VmBackup of the VM; `spec` adds to, or overrides, the name of the VM.
     pub fn backup(&self, name: &str, spec: Value) -> Result<()> {
+        self.create("vmbackup", "VmBackup", json!({"name": name}), &self.whole(spec))
+    }
+
+    /// The same with the label of an owner.
+    pub fn backup_of(&self, name: &str, owner: &str, spec: Value) -> Result<()> {
+        let metadata = json!({"name": name, "labels": {"virtmark.dev/owner": owner}});
+        self.create("vmbackup", "VmBackup", metadata, &self.whole(spec))
+    }
+
+    fn whole(&self, spec: Value) -> Value {
         let mut whole = json!({"vm": self.vm.name});
         merge(&mut whole, spec);
-        self.create("vmbackup", "VmBackup", name, &whole)
+        whole
     }
 
     pub fn transfer(&self, name: &str, spec: &Value) -> Result<()> {
-        self.create("imagetransfer", "ImageTransfer", name, spec)
+        self.create("imagetransfer", "ImageTransfer", json!({"name": name}), spec)
     }
 
-    fn create(&self, resource: &'static str, kind: &str, name: &str, spec: &Value) -> Result<()> {
+    fn create(&self, resource: &'static str, kind: &str, mut metadata: Value, spec: &Value) -> Result<()> {
+        let name = metadata["name"].as_str().context("no name")?.to_owned();
+        merge(&mut metadata, json!({"namespace": VM_NAMESPACE}));
         let object = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": kind,
-            "metadata": {"name": name, "namespace": VM_NAMESPACE}, "spec": spec});
-        self.made(resource, name);
+            "metadata": metadata, "spec": spec});
+        self.made(resource, &name);
         self.bed.kubectl().run_with(&["create", "-f", "-"], &object.to_string()).map(drop)
     }
 

@@ -12,8 +12,8 @@ use virtmark_bed::daemon::Daemon;
 use virtmark_bed::guest::{self, Image};
 use virtmark_bed::{Bed, Disk, compare, wait_until};
 
+use super::chain::restore;
 use super::history::History;
-use super::restore::restore;
 use super::rig::{BOUND, MIB, Rig, merge};
 
 /// The disks that are backed up.

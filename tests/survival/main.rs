@@ -5,15 +5,17 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod at_once;
+#[path = "../cluster/chain.rs"]
+#[allow(dead_code, reason = "the cluster tests use the rest")]
+mod chain;
 mod deletes;
 mod doubles;
 mod history;
+mod incremental;
 mod kills;
 mod namespace;
 mod nodes;
 mod readers;
-#[path = "../cluster/restore.rs"]
-mod restore;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod rig;

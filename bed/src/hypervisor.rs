@@ -5,6 +5,7 @@
 //! and starts the daemons. SIGKILL of that one process ends all: daemons, QEMUs and mounts.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -124,6 +125,17 @@ impl Hypervisor {
     /// The URI of its libvirt, for any client on the machine.
     pub fn uri(&self) -> String {
         format!("qemu+unix:///system?socket={}", self.dir.join("sock/libvirt-sock").display())
+    }
+
+    /// Where a domain's migration to it is received, by its QEMU.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn migration_socket(&self, domain: &str) -> Result<PathBuf> {
+        let folder = self.dir.join("migration");
+        fs::create_dir_all(&folder)?;
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777))?;
+        Ok(folder.join(format!("{domain}.sock")))
     }
 
     /// Runs virsh on it, and answers what it printed.

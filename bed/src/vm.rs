@@ -219,6 +219,25 @@ impl Vm {
         self.hypervisor.virsh(&["destroy", &self.name]).map(drop)
     }
 
+    /// Moves it to another hypervisor while it runs; its disks are shared, and stay. `flags` are more of virsh's.
+    ///
+    /// # Errors
+    /// libvirt's: then it is where it was.
+    pub fn migrate(&mut self, to: &Hypervisor, flags: &[&str]) -> Result<()> {
+        let uri = format!("unix://{}", to.migration_socket(&self.name)?.display());
+        let destination = to.uri();
+        let fixed = ["--live", "--p2p", "--persistent", "--undefinesource", "--migrateuri", &uri];
+        let words = [&["migrate"], &fixed[..], flags, &["--domain", &self.name, "--desturi", &destination]];
+        self.hypervisor.virsh(&words.concat())?;
+        self.hypervisor = to.clone();
+        Ok(())
+    }
+
+    /// Says that it is on another hypervisor now.
+    pub fn moved(&mut self, to: &Hypervisor) {
+        self.hypervisor = to.clone();
+    }
+
     /// Writes `length` bytes of `pattern` at `offset`, through the device.
     ///
     /// # Errors

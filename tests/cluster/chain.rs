@@ -39,10 +39,12 @@ impl<'a> Chain<'a> {
     /// `meanwhile` is what the guest does while the backup runs.
     pub fn take(&self, backup: &str, spec: Value, meanwhile: impl FnOnce() -> Result<()>) -> Result<Point> {
         self.rig.backup(backup, spec)?;
-        self.go_on(backup, meanwhile)
+        let point = self.go_on(backup, meanwhile)?;
+        self.rig.host_is_clean()?;
+        Ok(point)
     }
 
-    /// The same with a backup that was made already.
+    /// The same with a backup that was made already; the host is not looked at.
     pub fn go_on(&self, backup: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<Point> {
         let rig = self.rig;
         let status = rig.phase("vmbackup", backup, "Ready")?;
@@ -70,7 +72,6 @@ impl<'a> Chain<'a> {
         }
         rig.state("vmbackup", backup, "Finalized")?;
         let status = rig.phase("vmbackup", backup, "Succeeded")?;
-        rig.host_is_clean()?;
         if let Some(checkpoint) = status["toCheckpoint"].as_str() {
             rig.made("vmcheckpoint", checkpoint);
         }

@@ -181,7 +181,9 @@ fn chains_of_two_owners_do_not_meet() -> Result<()> {
     let [ours, theirs] = ["ours", "theirs"].map(|owner| Chain::of(&rig, owner));
     let take = |chain: &Chain<'_>, owner: &str, name: &str| {
         rig.backup_of(name, owner, incremental(json!({})))?;
-        chain.go_on(name, || Ok(()))
+        let point = chain.go_on(name, || Ok(()))?;
+        rig.host_is_clean()?;
+        Ok::<_, anyhow::Error>(point)
     };
     rig.vm.write("vda", 0, MIB, 0x11)?;
     let ours_1 = take(&ours, "ours", "owned-1")?;

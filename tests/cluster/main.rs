@@ -12,6 +12,7 @@ mod guests;
 mod incremental;
 mod inventory;
 mod limits;
+mod migration;
 mod reasons;
 mod refusals;
 mod rig;

@@ -13,6 +13,7 @@ pub mod cache;
 pub mod component;
 pub mod controlplane;
 pub mod daemon;
+pub mod disks;
 pub mod golang;
 pub mod guest;
 pub mod hypervisor;

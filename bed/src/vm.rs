@@ -24,6 +24,7 @@ pub struct Disk {
     target: String,
     format: &'static str,
     size: u64,
+    cluster: Option<u64>,
     backing: Option<PathBuf>,
     extra: &'static str,
 }
@@ -31,12 +32,18 @@ pub struct Disk {
 impl Disk {
     /// A qcow2 disk of `size` bytes at `target` (`vda`).
     pub fn qcow2(target: &str, size: u64) -> Self {
-        Self { target: target.to_owned(), format: "qcow2", size, backing: None, extra: "" }
+        Self { target: target.to_owned(), format: "qcow2", size, cluster: None, backing: None, extra: "" }
     }
 
     /// A raw, sparse disk of `size` bytes at `target`.
     pub fn raw(target: &str, size: u64) -> Self {
         Self { format: "raw", ..Self::qcow2(target, size) }
+    }
+
+    /// A qcow2 one with clusters of so many bytes.
+    #[must_use]
+    pub fn clusters(self, bytes: u64) -> Self {
+        Self { cluster: Some(bytes), ..self }
     }
 
     /// With more elements in its `<disk>`: `<shareable/>`, say.
@@ -97,23 +104,7 @@ impl Plan {
         let vm = Vm { name: self.name, uuid: random_uuid(), dir, hypervisor: hypervisor.clone() };
         let mut disks = String::new();
         for disk in &self.disks {
-            let image = vm.image(&disk.target);
-            let mut create = Command::new("qemu-img");
-            create.args(["create", "-q", "-f", disk.format]);
-            if let Some(backing) = &disk.backing {
-                create.args(["-F", "raw", "-b"]).arg(backing);
-            }
-            run(create.arg(&image).arg(disk.size.to_string()))?;
-            fs::set_permissions(&image, fs::Permissions::from_mode(0o666))?;
-            File::create(vm.mirror(&disk.target))?.set_len(disk.size)?;
-            disks += &format!(
-                "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
-                 <target dev='{}' bus='virtio'/><alias name='ua-{2}'/>{}</disk>",
-                disk.format,
-                image.display(),
-                disk.target,
-                disk.extra
-            );
+            disks += &vm.make(disk)?;
         }
         let xml = format!(
             "<domain type='qemu'><name>{}</name><uuid>{}</uuid><memory unit='MiB'>{}</memory><vcpu>1</vcpu>\
@@ -145,11 +136,35 @@ pub struct Vm {
     pub name: String,
     /// Its uuid.
     pub uuid: String,
-    dir: PathBuf,
-    hypervisor: Hypervisor,
+    pub(crate) dir: PathBuf,
+    pub(crate) hypervisor: Hypervisor,
 }
 
 impl Vm {
+    /// Makes the image and the mirror of a disk; answers its `<disk>`.
+    pub(crate) fn make(&self, disk: &Disk) -> Result<String> {
+        let image = self.image(&disk.target);
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", disk.format]);
+        if let Some(backing) = &disk.backing {
+            create.args(["-F", "raw", "-b"]).arg(backing);
+        }
+        if let Some(cluster) = disk.cluster {
+            create.args(["-o", &format!("cluster_size={cluster}")]);
+        }
+        run(create.arg(&image).arg(disk.size.to_string()))?;
+        fs::set_permissions(&image, fs::Permissions::from_mode(0o666))?;
+        File::create(self.mirror(&disk.target))?.set_len(disk.size)?;
+        Ok(format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
+             <target dev='{}' bus='virtio'/><alias name='ua-{2}'/>{}</disk>",
+            disk.format,
+            image.display(),
+            disk.target,
+            disk.extra
+        ))
+    }
+
     /// Its hypervisor.
     pub fn hypervisor(&self) -> &Hypervisor {
         &self.hypervisor
@@ -270,8 +285,17 @@ impl Vm {
         Ok(mirror.write_all_at(&block, offset)?)
     }
 
-    /// qemu-io answers nothing on the monitor: its words are in the domain's QEMU log.
     fn qemu_io(&self, target: &str, command: &str, expected: &str) -> Result<()> {
+        let said = self.ask_qemu_io(target, command, expected)?;
+        if said.contains("error") || said.contains("failed") {
+            bail!("{command}: {said}");
+        }
+        Ok(())
+    }
+
+    /// qemu-io answers nothing on the monitor: its words are in the domain's QEMU log. Waits for `expected`, or that it
+    /// went wrong.
+    pub(crate) fn ask_qemu_io(&self, target: &str, command: &str, expected: &str) -> Result<String> {
         let log = self.hypervisor.qemu_log(&self.name);
         let before = fs::metadata(&log).map_or(0, |log| log.len());
         let device = format!("/machine/peripheral/ua-{target}/virtio-backend");
@@ -284,10 +308,8 @@ impl Vm {
             let text = fs::read(&log).context("the QEMU log cannot be read")?;
             let new = String::from_utf8_lossy(text.get(usize::try_from(before)?..).unwrap_or_default())
                 .into_owned();
-            if new.contains("error") || new.contains("failed") {
-                bail!("{line}: {new}");
-            }
-            Ok(new.contains(expected).then_some(()))
+            let is_done = [expected, "error", "failed"].iter().any(|word| new.contains(word));
+            Ok(is_done.then_some(new))
         })
     }
 
@@ -335,7 +357,7 @@ pub fn compare(raw: &Path, other: &Path, other_format: &str) -> Result<()> {
         .with_context(|| format!("{} differs from {}", other.display(), raw.display()))
 }
 
-fn run(command: &mut Command) -> Result<()> {
+pub(crate) fn run(command: &mut Command) -> Result<()> {
     let output = command.output()?;
     if !output.status.success() {
         let said = [output.stdout, output.stderr].concat();

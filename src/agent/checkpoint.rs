@@ -19,6 +19,9 @@ use crate::reason::{Because, Reason};
 /// How soon a removal that failed is tried again although no event came.
 const AGAIN: Duration = Duration::from_secs(10);
 
+/// How soon to look again when the watch was behind.
+const SOON: Duration = Duration::from_millis(20);
+
 /// Removes the bitmaps of a checkpoint that is being deleted, and says so.
 ///
 /// # Errors
@@ -32,6 +35,12 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
         context.registry.removed(&reference);
         return Ok(Requeue::await_change());
     }
+    let api =
+        Api::<VmCheckpoint>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
+    if !cluster::is_newest(&api, &*checkpoint).await? {
+        // once its host is clean it may be gone at any time, and nobody would clean up after another try
+        return Ok(Requeue::requeue(SOON));
+    }
     context.registry.await_removal(reference);
     let (host, spec) = (context.host.clone(), checkpoint.spec.clone());
     let removed = context
@@ -40,7 +49,8 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
             let domain = listed.and_then(|listed| Domain::parse(&listed.xml).ok());
             let image = |target: &str| {
                 let disks = &domain.as_ref()?.devices.disks;
-                disks.iter().find(|disk| disk.target.dev == target)?.path().map(PathBuf::from)
+                let disk = disks.iter().find(|disk| disk.target.dev == target)?;
+                disk.path().filter(|_| disk.format() == "qcow2").map(PathBuf::from)
             };
             let disks: Vec<_> =
                 spec.disks.iter().map(|disk| (disk.target.clone(), image(&disk.target))).collect();
@@ -54,10 +64,6 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
     tracing::info!(checkpoint = checkpoint.name_any(), vm = checkpoint.spec.vm, "{because}");
     let new = status(&checkpoint, &old, removed.is_ok(), &because);
     if new != old {
-        let api = Api::<VmCheckpoint>::namespaced(
-            context.client.clone(),
-            &checkpoint.namespace().unwrap_or_default(),
-        );
         let mut object = (*checkpoint).clone();
         object.metadata.managed_fields = None;
         object.status = Some(new);

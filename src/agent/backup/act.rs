@@ -304,7 +304,7 @@ impl Host {
     }
 
     /// Removes a checkpoint: libvirt's note of it, and the bitmap `bitmap` in each of `disks` (target, and
-    /// path of the image). With a QEMU through libvirt; without one by `qemu-img`, which takes the image's
+    /// path of the qcow2 image), also where an external snapshot left it in a layer below. With a QEMU through libvirt; without one by `qemu-img`, which takes the image's
     /// lock, so that a QEMU that starts meanwhile cannot have it too. A domain that is not here is left
     /// alone: its images may be in use elsewhere.
     ///
@@ -321,10 +321,16 @@ impl Host {
             return self.delete_live(vm_uuid, bitmap, disks);
         }
         self.forget(vm_uuid, bitmap)?;
-        for image in disks.iter().filter_map(|(_, image)| image.as_ref()).filter(|image| image.exists()) {
-            if bitmaps_of(image)?.iter().any(|name| name == bitmap) {
-                qemu_img("bitmap", &["--remove".as_ref(), image.as_ref(), bitmap.as_ref()])?;
-                killpoint::reached(Step::BitmapRemoved);
+        for (_, image) in disks {
+            let mut layer = image.clone().filter(|image| image.exists());
+            while let Some(image) = layer {
+                let info = info_of(&image)?;
+                if info.has(bitmap) {
+                    let qcow2 = ["-f".as_ref(), "qcow2".as_ref(), image.as_ref(), bitmap.as_ref()];
+                    qemu_img("bitmap", &[&["--remove".as_ref()], qcow2.as_slice()].concat())?;
+                    killpoint::reached(Step::BitmapRemoved);
+                }
+                layer = info.below();
             }
         }
         Ok(())
@@ -386,14 +392,35 @@ fn bitmap_disks(record: &Record) -> Vec<(String, Option<PathBuf>)> {
     disks.map(|disk| (disk.target.clone(), disk.image.clone())).collect()
 }
 
-/// Names of the persistent bitmaps in a qcow2 image. Read-only, and beside a QEMU that holds the image.
-fn bitmaps_of(image: &Path) -> Result<Vec<String>, HostError> {
-    let info = qemu_img("info", &["--force-share".as_ref(), "--output=json".as_ref(), image.as_ref()])?;
-    let info: serde_json::Value = serde_json::from_slice(&info)
-        .map_err(|error| HostError::QemuImg { verb: "info", message: error.to_string() })?;
-    let bitmaps = info.pointer("/format-specific/data/bitmaps").and_then(serde_json::Value::as_array);
-    let names = bitmaps.into_iter().flatten().filter_map(|bitmap| bitmap.get("name")?.as_str());
-    Ok(names.map(str::to_owned).collect())
+/// What qemu-img says of a qcow2 image.
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Info {
+    full_backing_filename: Option<PathBuf>,
+    backing_filename_format: Option<String>,
+    #[serde(default)]
+    format_specific: serde_json::Value,
+}
+
+impl Info {
+    fn has(&self, bitmap: &str) -> bool {
+        let bitmaps = self.format_specific.pointer("/data/bitmaps").and_then(serde_json::Value::as_array);
+        let mut names = bitmaps.into_iter().flatten().filter_map(|bitmap| bitmap.get("name")?.as_str());
+        names.any(|name| name == bitmap)
+    }
+
+    /// The image below, where it is known to be a qcow2 one: what a guest wrote into a raw one may look like anything.
+    fn below(self) -> Option<PathBuf> {
+        self.full_backing_filename.filter(|_| self.backing_filename_format.as_deref() == Some("qcow2"))
+    }
+}
+
+/// Read-only, and beside a QEMU that holds the image.
+fn info_of(image: &Path) -> Result<Info, HostError> {
+    let qcow2 = ["--output=json".as_ref(), "-f".as_ref(), "qcow2".as_ref(), image.as_ref()];
+    let info = qemu_img("info", &[&["--force-share".as_ref()], qcow2.as_slice()].concat())?;
+    serde_json::from_slice(&info)
+        .map_err(|error| HostError::QemuImg { verb: "info", message: error.to_string() })
 }
 
 fn qemu_img(verb: &'static str, arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8>, HostError> {

@@ -113,9 +113,23 @@ pub struct Restored {
     pub zeroed: u64,
 }
 
+/// What is done with what is dirty and zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroes {
+    /// It is zeroed.
+    Write,
+    /// It is left as it was: how a client restores that takes zero for nothing. To see that this is noticed.
+    Leave,
+}
+
 /// Puts what a transfer serves over `image`, by its extents: with `incremental` what is dirty, without all of it. What is
 /// zero is zeroed, and never left as it was.
 pub fn restore(ticket: &Ticket, incremental: bool, image: &Path) -> Result<Restored> {
+    restore_with(ticket, incremental, image, Zeroes::Write)
+}
+
+/// The same with a choice of what is done with zeroes.
+pub fn restore_with(ticket: &Ticket, incremental: bool, image: &Path, zeroes: Zeroes) -> Result<Restored> {
     let (extents, part) = (image.with_extension("extents"), image.with_extension("part"));
     let context = if incremental { "dirty" } else { "zero" };
     let said = ticket
@@ -129,18 +143,23 @@ pub fn restore(ticket: &Ticket, incremental: bool, image: &Path) -> Result<Resto
     // a disk that has grown reads zero where it is new
     file.set_len(size)?;
     let mut restored = Restored::default();
+    let mut ranges = Vec::new();
     for extent in list.iter().filter(|extent| !incremental || extent["dirty"] == true) {
         let (start, length) = (number(extent, "start")?, number(extent, "length")?);
-        let bytes = if extent["zero"] == true {
+        if extent["zero"] != true {
+            ranges.push((start, length));
+        } else if zeroes == Zeroes::Write {
             restored.zeroed += length;
-            vec![0; usize::try_from(length)?]
-        } else {
-            let range = format!("Range: bytes={start}-{}", start + length - 1);
-            let said = ticket.curl(&["-H", &range, "-o", &part.to_string_lossy()])?;
-            ensure!(said == "206", "{range}: HTTP {said}");
-            restored.read += length;
-            fs::read(&part)?
-        };
+            file.write_all_at(&vec![0; usize::try_from(length)?], start)?;
+        }
+    }
+    for (start, length) in ranges {
+        let range = format!("Range: bytes={start}-{}", start + length - 1);
+        let said = ticket.curl(&["-H", &range, "-o", &part.to_string_lossy()])?;
+        ensure!(said == "206", "{range}: HTTP {said}");
+        restored.read += length;
+        let bytes = fs::read(&part)?;
+        ensure!(u64::try_from(bytes.len())? == length, "{range}: {} bytes", bytes.len());
         file.write_all_at(&bytes, start)?;
     }
     Ok(restored)

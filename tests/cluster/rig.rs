@@ -188,21 +188,12 @@ impl Rig {
 
     /// Nothing of any backup of this VM is on the host: no job, no checkpoint, no file.
     pub fn host_is_clean(&self) -> Result<()> {
-        let node = self.vm.hypervisor();
-        if self.vm.state()? == "running" {
-            let job = node.virsh(&["domjobinfo", &self.vm.name])?;
-            assert!(job.contains("None"), "{job}");
-        }
-        let checkpoints = node.virsh(&["checkpoint-list", "--name", &self.vm.name])?;
-        assert_eq!(checkpoints.trim(), "", "libvirt's note of a checkpoint is left");
-        for (kind, name) in self.made.borrow().iter().filter(|(kind, _)| *kind == "vmbackup") {
-            let uid = self.get(kind, name)?["metadata"]["uid"].as_str().unwrap_or("none").to_owned();
-            for folder in ["run", "state/backups"] {
-                let path = node.dir.join("agent").join(folder).join(&uid);
-                assert!(!path.exists(), "{} is left", path.display());
-            }
-        }
-        Ok(())
+        let made = self.made.borrow();
+        let backups = made.iter().filter(|(kind, _)| *kind == "vmbackup");
+        let uids = backups.map(|(kind, name)| {
+            Ok(self.get(kind, name)?["metadata"]["uid"].as_str().unwrap_or("none").to_owned())
+        });
+        host_is_clean(&self.vm, &uids.collect::<Result<Vec<_>>>()?)
     }
 
     /// Names of our bitmaps in a disk of the VM, running or off.
@@ -244,6 +235,24 @@ impl Rig {
         }
         Ok(())
     }
+}
+
+/// Nothing of the backups with these uids is on the host of their VM: no job, no checkpoint, no file.
+pub fn host_is_clean(vm: &Vm, uids: &[String]) -> Result<()> {
+    let node = vm.hypervisor();
+    if vm.state()? == "running" {
+        let job = node.virsh(&["domjobinfo", &vm.name])?;
+        assert!(job.contains("None"), "{job}");
+    }
+    let checkpoints = node.virsh(&["checkpoint-list", "--name", &vm.name])?;
+    assert_eq!(checkpoints.trim(), "", "libvirt's note of a checkpoint is left");
+    for uid in uids {
+        for folder in ["run", "state/backups"] {
+            let path = node.dir.join("agent").join(folder).join(uid);
+            assert!(!path.exists(), "{} is left", path.display());
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Rig {

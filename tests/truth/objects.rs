@@ -1,0 +1,130 @@
+//! Virtmark's objects as its users see them, without a process for each look: many histories run at once.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::runtime::wait::await_condition;
+use kube::{Api, Client, Resource};
+use serde_json::{Value, json};
+use virtmark::api::ImageTransfer;
+use virtmark_bed::Bed;
+use virtmark_bed::component::VM_NAMESPACE;
+
+use super::rig::Ticket;
+
+/// Longer than a kill of both processes takes to be got over on a loaded machine.
+const BOUND: Duration = Duration::from_secs(90);
+
+/// The API server, as the administrator.
+pub struct Objects {
+    runtime: tokio::runtime::Runtime,
+    client: Client,
+}
+
+impl Objects {
+    pub fn of(bed: &Bed) -> Result<Self> {
+        virtmark::telemetry::install_crypto();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let client = runtime.block_on(virtmark::cluster::connect(Some(&bed.plane.kubeconfig)))?;
+        Ok(Self { runtime, client })
+    }
+
+    fn api<K: Resource<DynamicType = ()>>(&self) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client.clone(), VM_NAMESPACE, &ApiResource::erase::<K>(&()))
+    }
+
+    /// An object, or null.
+    pub fn get<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<Value> {
+        let found = self.runtime.block_on(self.api::<K>().get_opt(name))?;
+        Ok(found.map(serde_json::to_value).transpose()?.unwrap_or_default())
+    }
+
+    pub fn create<K: Resource<DynamicType = ()>>(
+        &self,
+        name: &str,
+        labels: &Value,
+        spec: &Value,
+    ) -> Result<Value> {
+        let object = json!({"apiVersion": K::api_version(&()), "kind": K::kind(&()), "spec": spec,
+            "metadata": {"name": name, "namespace": VM_NAMESPACE, "labels": labels}});
+        let object = serde_json::from_value(object)?;
+        let made = self.runtime.block_on(self.api::<K>().create(&PostParams::default(), &object));
+        Ok(serde_json::to_value(made.with_context(|| format!("creating {name}"))?)?)
+    }
+
+    /// Sets `spec.state`.
+    pub fn state<K: Resource<DynamicType = ()>>(&self, name: &str, state: &str) -> Result<()> {
+        let patch = Patch::Merge(json!({"spec": {"state": state}}));
+        self.runtime.block_on(self.api::<K>().patch(name, &PatchParams::default(), &patch))?;
+        Ok(())
+    }
+
+    /// Has an object deleted, and does not wait for it.
+    pub fn delete<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
+        match self.runtime.block_on(self.api::<K>().delete(name, &DeleteParams::default())) {
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            other => Ok(other.map(drop)?),
+        }
+    }
+
+    /// Waits until an object is gone.
+    pub fn gone<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
+        self.until::<K>(name, "be gone", Value::is_null).map(drop)
+    }
+
+    /// Waits until something holds of an object, or of null when it is gone; answers it.
+    pub fn until<K: Resource<DynamicType = ()>>(
+        &self,
+        name: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        self.until_within::<K>(BOUND, name, what, holds)
+    }
+
+    /// The same with a bound of its own.
+    pub fn until_within<K: Resource<DynamicType = ()>>(
+        &self,
+        bound: Duration,
+        name: &str,
+        what: &str,
+        holds: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let value = |object: Option<&DynamicObject>| {
+            object.and_then(|object| serde_json::to_value(object).ok()).unwrap_or_default()
+        };
+        let wait =
+            await_condition(self.api::<K>(), name, |object: Option<&DynamicObject>| holds(&value(object)));
+        match self.runtime.block_on(async { tokio::time::timeout(bound, wait).await }) {
+            Ok(found) => Ok(value(found?.as_ref())),
+            Err(_) => {
+                let last = self.get::<K>(name)?;
+                Err(anyhow!("waited {} s in vain for {name} to {what}: {last}", bound.as_secs()))
+            }
+        }
+    }
+
+    /// What a client needs of a transfer, once that is Ready. The CA is stored in `files`.
+    pub fn ticket(&self, transfer: &str, files: &std::path::Path) -> Result<Ticket> {
+        let found = self.until::<ImageTransfer>(transfer, "be Ready", |object| {
+            ["Ready", "Failed", "Cancelled", "Succeeded"]
+                .contains(&object["status"]["phase"].as_str().unwrap_or_default())
+        })?;
+        let status = &found["status"];
+        anyhow::ensure!(status["phase"] == "Ready", "{transfer}: {status}");
+        let secret = status["ticketSecret"].as_str().context("no ticketSecret")?.to_owned();
+        let found = self
+            .runtime
+            .block_on(Api::<Secret>::namespaced(self.client.clone(), VM_NAMESPACE).get(&secret))?;
+        let data = found.data.unwrap_or_default();
+        let text = |key: &str| -> Result<String> {
+            let bytes = data.get(key).with_context(|| format!("the Secret has no {key}"))?;
+            Ok(String::from_utf8(bytes.0.clone())?)
+        };
+        let ca = files.join(format!("{secret}.pem"));
+        std::fs::write(&ca, text("ca.crt")?)?;
+        Ok(Ticket { url: text("url")?, unix_socket: text("unixSocket")?.into(), ca, secret })
+    }
+}

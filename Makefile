@@ -1,6 +1,7 @@
 # make demo   set everything up and back a running VM up, end to end; takes everything down
 # make test   set everything up and run all tests
 # make fuzz   hostile input, guided by coverage: N inputs for each target, or for TARGET (docs/hostile-input.md)
+# make soak   random histories of real VMs, N of them: every restore point is compared byte for byte
 # make bench  measure the data path against nbdcopy and the stock ovirt-imageio; docs/benchmarks.md says what the rows mean
 # make up     a private cluster and hypervisor, left running for you to try your own YAML; make down ends it
 
@@ -9,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test bench fuzz up down build lint prerequisites
+.PHONY: demo test soak bench fuzz up down build lint prerequisites
 
 demo: build
 	$(bed) demo
@@ -25,6 +26,12 @@ test: lint
 	cargo build --locked --workspace --features virtmark/killpoints
 	$(bed) build --guest
 	$(bed) --hypervisors 2 run -- cargo test --locked --workspace --features virtmark/killpoints
+
+soak: N = 300
+soak: prerequisites
+	cargo build --locked --workspace --features virtmark/killpoints
+	$(bed) --hypervisors 2 run -- env N=$(N) cargo test --locked --features virtmark/killpoints --test truth -- \
+	  --nocapture every_restore_point
 
 # e.g. make bench BENCH="--only https --rounds 3"
 bench: prerequisites

@@ -15,7 +15,9 @@ const CLUSTER: u64 = 65536;
 const MIB: u64 = 1 << 20;
 
 /// The most disks that a VM has: vda, vdb, vdc.
-pub const MOST_DISKS: usize = 3;
+pub const MOST_DISKS: usize = DISKS as usize;
+
+const DISKS: u8 = 3;
 
 /// A VM, and what happens to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -202,7 +204,7 @@ impl Maker<'_> {
                 (disk, if back { edge.saturating_sub(shift) } else { edge + shift })
             }
             _ => {
-                let disk = self.random.random_range(0..MOST_DISKS as u8);
+                let disk = self.random.random_range(0..DISKS);
                 (disk, self.random.random_range(0..16 * MIB / unit) * unit)
             }
         };
@@ -244,7 +246,7 @@ impl Maker<'_> {
             _ => Base::Named(self.random.random()),
         };
         let owner = u8::from(self.one_in(4));
-        let disks = if self.one_in(5) { self.random.random_range(1..1 << MOST_DISKS) } else { 0 };
+        let disks = if self.one_in(5) { self.random.random_range(1..1 << DISKS) } else { 0 };
         let kill = self.one_in(8).then(|| (self.who(), self.random.random_range(0..1500)));
         let mut meanwhile = self.writes(2);
         if self.one_in(8) {
@@ -271,8 +273,8 @@ impl Maker<'_> {
             4 => Step::KillVm,
             5..8 => Step::DeleteCheckpoint { which: self.random.random() },
             8..10 => self.grow(),
-            10..12 => Step::Plug { disk: self.random.random_range(0..MOST_DISKS as u8), plan: self.disk() },
-            12..14 => Step::Unplug { disk: self.random.random_range(1..MOST_DISKS as u8) },
+            10..12 => Step::Plug { disk: self.random.random_range(0..DISKS), plan: self.disk() },
+            12..14 => Step::Unplug { disk: self.random.random_range(1..DISKS) },
             14..16 => Step::Snapshot,
             16..18 => Step::Commit,
             18 => Step::Kill { who: self.who() },
@@ -288,15 +290,15 @@ impl Maker<'_> {
         vec![match self.random.random_range(0..5) {
             0 => Step::DeleteCheckpoint { which: self.random.random() },
             1 => self.grow(),
-            2 => Step::Plug { disk: self.random.random_range(0..MOST_DISKS as u8), plan: self.disk() },
-            3 => Step::Unplug { disk: self.random.random_range(1..MOST_DISKS as u8) },
+            2 => Step::Plug { disk: self.random.random_range(0..DISKS), plan: self.disk() },
+            3 => Step::Unplug { disk: self.random.random_range(1..DISKS) },
             _ => Step::Kill { who: self.who() },
         }]
     }
 
     fn grow(&mut self) -> Step {
         let by = *[SECTOR, CLUSTER, MIB, MIB + SECTOR].choose(self.random).unwrap_or(&MIB);
-        Step::Grow { disk: self.random.random_range(0..MOST_DISKS as u8), by, settle: self.random.random() }
+        Step::Grow { disk: self.random.random_range(0..DISKS), by, settle: self.random.random() }
     }
 }
 

@@ -28,7 +28,6 @@ const LARGEST: u64 = 12 << 20;
 pub struct World {
     bed: Mutex<Bed>,
     pub(super) objects: Objects,
-    names: AtomicUsize,
 }
 
 impl World {
@@ -36,7 +35,7 @@ impl World {
     pub fn of_env() -> Result<Self> {
         let bed = Bed::from_env()?;
         let objects = Objects::of(&bed)?;
-        Ok(Self { bed: Mutex::new(bed), objects, names: AtomicUsize::new(0) })
+        Ok(Self { bed: Mutex::new(bed), objects })
     }
 
     /// Kills a process with SIGKILL and starts its successor.
@@ -54,7 +53,9 @@ impl World {
     /// # Errors
     /// A wrong byte, a backup that ended as nothing explains, something that was left.
     pub fn run(&self, history: &History, zeroes: Zeroes) -> Result<Tally> {
-        let number = self.names.fetch_add(1, Ordering::Relaxed);
+        // of this process, whatever the test: names are taken once
+        static NAMES: AtomicUsize = AtomicUsize::new(0);
+        let number = NAMES.fetch_add(1, Ordering::Relaxed);
         let bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let node = number % bed.hypervisors.len();
         let plan = history.disks.iter().zip(TARGETS).map(|(plan, target)| disk(target, *plan));

@@ -74,6 +74,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             libvirt: Libvirt::new(&config.libvirt_uri),
             state,
             scratch_limit: config.scratch_limit_mib.map(|mib| mib.saturating_mul(1 << 20)),
+            images: Arc::default(),
         },
         registry: Registry::new(wake_backup, wake_transfer, wake_checkpoint),
         tickets: tickets.clone(),

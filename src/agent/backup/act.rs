@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -94,6 +95,8 @@ pub struct Host {
     pub state: StateDir,
     /// Bytes that all scratch images may take, where the admin says.
     pub scratch_limit: Option<u64>,
+    /// Held by whoever writes images that no QEMU has.
+    pub images: Arc<Mutex<()>>,
 }
 
 impl Host {
@@ -321,6 +324,8 @@ impl Host {
             return self.delete_live(vm_uuid, bitmap, disks);
         }
         self.forget(vm_uuid, bitmap)?;
+        // one qemu-img at a time: it takes the image's lock, and several checkpoints may go at once
+        let _alone = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         for (_, image) in disks {
             let mut layer = image.clone().filter(|image| image.exists());
             while let Some(image) = layer {
@@ -415,10 +420,11 @@ impl Info {
     }
 }
 
-/// Read-only, and beside a QEMU that holds the image.
+/// Read-only, of an image that nobody writes. Beside a writer that stores its bitmaps they may seem to be gone: then this
+/// fails, for it asks for the image's lock.
 fn info_of(image: &Path) -> Result<Info, HostError> {
-    let qcow2 = ["--output=json".as_ref(), "-f".as_ref(), "qcow2".as_ref(), image.as_ref()];
-    let info = qemu_img("info", &[&["--force-share".as_ref()], qcow2.as_slice()].concat())?;
+    let info =
+        qemu_img("info", &["--output=json".as_ref(), "-f".as_ref(), "qcow2".as_ref(), image.as_ref()])?;
     serde_json::from_slice(&info)
         .map_err(|error| HostError::QemuImg { verb: "info", message: error.to_string() })
 }

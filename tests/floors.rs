@@ -41,6 +41,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ("agent/backup/status.rs", DECISION),
     ("agent/transfer/status.rs", DECISION),
     ("agent", &["crate::controller"]),
+    ("controller/chain.rs", DECISION),
     ("controller/backup/base.rs", DECISION),
     ("controller/backup/resolve", DECISION),
     ("controller/backup/desired.rs", DECISION),

@@ -2,6 +2,7 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Phase, schema};
@@ -24,6 +25,8 @@ use super::{Phase, schema};
     selectable = ".spec.vm",
     selectable = ".status.nodeName",
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.vm"),
+    printcolumn(name = "Parent", type_ = "string", json_path = ".status.parent"),
+    printcolumn(name = "Base", type_ = "string", json_path = ".status.base"),
     printcolumn(
         name = "Usable",
         type_ = "string",
@@ -49,7 +52,12 @@ pub struct VmCheckpointSpec {
     /// The checkpoint's name in libvirt, hence the dirty bitmap's name in each image.
     #[schemars(length(min = 1, max = 200), regex(pattern = r"^[A-Za-z0-9_.:-]+$"))]
     pub bitmap: String,
-    /// When it was made.
+    /// Name of the VmCheckpoint of the same VM and owner that was the newest when this one was made. It may be gone:
+    /// status.parent is the one that is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = schema::OBJECT_NAME))]
+    pub parent: Option<String>,
+    /// When it was made; later than its parent.
     pub creation_time: Time,
     /// The disks that have the bitmap.
     #[schemars(length(min = 1, max = 64))]
@@ -92,6 +100,14 @@ pub struct VmCheckpointStatus {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+    /// Name of the VmCheckpoint before it in the chain of its VM and owner; absent of the oldest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub parent: Option<String>,
+    /// Next: an incremental backup of this owner that names no checkpoint starts here. Older: only one that names it.
+    /// Absent when none can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<BaseRank>,
     /// The node whose agent removes the bitmaps, while it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
@@ -101,6 +117,15 @@ pub struct VmCheckpointStatus {
     #[schemars(length(max = 64))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["target".into()]))]
     pub disks: Vec<CheckpointDiskStatus>,
+}
+
+/// Which incremental backups start from a checkpoint.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BaseRank {
+    /// Those that name no checkpoint: it is the newest usable one.
+    Next,
+    /// Those that name it.
+    Older,
 }
 
 /// What was observed of one disk's bitmap.

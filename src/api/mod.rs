@@ -25,7 +25,7 @@ pub use backup::{
     QuiesceMode, TransferPolicy, VmBackup, VmBackupSpec, VmBackupStatus,
 };
 pub use checkpoint::{
-    CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
+    BaseRank, CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
 };
 pub use domain::{LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
 pub use schema::is_disk_target;
@@ -51,6 +51,9 @@ pub const LABEL_BACKUP: &str = "virtmark.dev/backup-uid";
 
 /// Label that tells whose chain a backup or checkpoint belongs to (two products on one VM).
 pub const LABEL_OWNER: &str = "virtmark.dev/owner";
+
+/// Label on checkpoints: the libvirt uuid of their VM, to delete all of one at once.
+pub const LABEL_VM_UUID: &str = "virtmark.dev/vm-uuid";
 
 /// The field manager of the operator's writes.
 pub const OPERATOR: &str = "virtmark-operator";

@@ -9,6 +9,7 @@ use kube::runtime::controller::Action as Requeue;
 use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
+use super::chain::{Chain, Place, is_usable, owner};
 use super::context::{Parting, is_host_clean, parting};
 use super::domain::publish::node_of;
 use super::{Context, OperatorError};
@@ -21,14 +22,6 @@ use crate::cluster;
 use crate::reason::{Because, Reason};
 
 const SAFETY_NET: Duration = Duration::from_secs(60);
-
-/// Whether an incremental can start from it.
-pub fn is_usable(checkpoint: &VmCheckpoint) -> bool {
-    checkpoint
-        .status
-        .as_ref()
-        .is_some_and(|status| conditions::is_true(&status.conditions, conditions::USABLE))
-}
 
 /// Makes it a base.
 ///
@@ -108,7 +101,8 @@ fn describe(
     generation: Option<i64>,
     now: Timestamp,
 ) -> VmCheckpointStatus {
-    let mut new = VmCheckpointStatus { phase, observed_generation: generation, ..old.clone() };
+    // a base it is again only once its place was looked up
+    let mut new = VmCheckpointStatus { phase, observed_generation: generation, base: None, ..old.clone() };
     conditions::lasting(&mut new.conditions, phase, because, Observation { generation, now });
     let usable = if phase == Phase::Ready { Truth::True } else { Truth::False };
     let (kind, reason, message) = (conditions::USABLE, because.reason.as_str(), because.shown());
@@ -154,9 +148,16 @@ pub async fn reconcile(
             let new = describe(&old, Phase::Failed, &because, checkpoint.metadata.generation, now);
             write(&api, &checkpoint, &old, new).await?;
             context.events.tell(&*checkpoint, true, "Check", &because).await;
+        } else if old.conditions.is_empty() {
+            return remove_unfinished(&checkpoint, &api, &context).await;
+        } else {
+            let Place { parent, base } = close_over(&checkpoint, &context);
+            write(&api, &checkpoint, &old, VmCheckpointStatus { parent, base, ..old.clone() }).await?;
         }
-        return remove_unfinished(&checkpoint, &api, &context).await;
+        return Ok(Requeue::requeue(SAFETY_NET));
     }
+    // as soon as it is to go
+    close_over(&checkpoint, &context);
 
     if old.node_name.is_none() {
         // published here, or judged by us when it was: nobody names another's VM to have its bitmaps removed
@@ -209,6 +210,18 @@ pub async fn reconcile(
     Ok(Requeue::await_change())
 }
 
+/// Where a checkpoint stands in its chain, if it stays. The others are looked at again where they say otherwise of
+/// themselves.
+pub fn close_over(checkpoint: &VmCheckpoint, context: &Context) -> Place {
+    let all = context.checkpoints.state();
+    let beside = all.iter().map(|other| &**other).filter(|other| other.namespace() == checkpoint.namespace());
+    let chain = Chain::of(&checkpoint.spec.vm_uuid, owner(checkpoint.labels()), beside);
+    for displaced in chain.displaced().filter(|displaced| displaced.uid() != checkpoint.uid()) {
+        context.wake_checkpoint(displaced);
+    }
+    chain.place(checkpoint)
+}
+
 /// The node that has the checkpoint's VM. Its LibvirtDomain may be gone before it, with their namespace.
 async fn holder(checkpoint: &VmCheckpoint, context: &Context) -> Option<String> {
     // an error means that the operator is shutting down
@@ -224,9 +237,6 @@ async fn remove_unfinished(
     context: &Context,
 ) -> Result<Requeue, OperatorError> {
     let Some(uid) = checkpoint.labels().get(api::LABEL_BACKUP) else { return Ok(Requeue::await_change()) };
-    if checkpoint.status.as_ref().is_some_and(|status| !status.conditions.is_empty()) {
-        return Ok(Requeue::requeue(SAFETY_NET));
-    }
     let backups =
         Api::<VmBackup>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
     let of_vm = ListParams::default().fields(&format!("spec.vm={}", checkpoint.spec.vm));

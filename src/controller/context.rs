@@ -99,6 +99,12 @@ impl Context {
         }
     }
 
+    /// Looks again at a checkpoint.
+    pub fn wake_checkpoint(&self, checkpoint: &VmCheckpoint) {
+        // a closed channel means that the operator is shutting down
+        let _ = self.wake_checkpoint.unbounded_send(ObjectRef::from_obj(checkpoint));
+    }
+
     /// Looks again at the transfers that name a backup.
     pub fn wake_transfers(&self, namespace: &str, backup: &str) {
         for transfer in self.transfers.state() {

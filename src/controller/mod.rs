@@ -10,6 +10,7 @@
 //! It never talks to libvirt, to an agent, or to an image server. Losing it loses nothing.
 
 pub mod backup;
+pub mod chain;
 pub mod checkpoint;
 pub mod config;
 mod context;

@@ -57,7 +57,11 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         let _ = left.unbounded_send((backup.namespace().unwrap_or_default(), backup.clone()));
     });
     let transfers = Controller::new(Api::<ImageTransfer>::all(client.clone()), any());
-    let checkpoints = Controller::new(Api::<VmCheckpoint>::all(client.clone()), any());
+    let (checkpoint_left, mut gone_checkpoints) = mpsc::unbounded();
+    let checkpoints =
+        cluster::controller(Api::<VmCheckpoint>::all(client.clone()), any(), move |checkpoint| {
+            let _ = checkpoint_left.unbounded_send(checkpoint.clone());
+        });
     let (sightings, seen) = reflector::store();
     let context = Arc::new(Context {
         client: client.clone(),
@@ -98,8 +102,15 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
             context.wake_transfers(&namespace, &backup.name_any());
         }
     };
+    // and its chain closes over a checkpoint that was
+    let closing = async {
+        while let Some(checkpoint) = gone_checkpoints.next().await {
+            checkpoint::close_over(&checkpoint, &context);
+        }
+    };
     tokio::select! {
         () = hanging => {}
+        () = closing => {}
         () = backups => {}
         () = transfers => {}
         () = checkpoints => {}

@@ -6,6 +6,7 @@
 mod access;
 mod backups;
 mod chain;
+mod checkpoints;
 mod costs;
 mod crds;
 mod guests;

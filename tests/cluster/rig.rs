@@ -198,7 +198,7 @@ impl Rig {
 
     /// Names of our bitmaps in a disk of the VM, running or off.
     pub fn bitmaps(&self, target: &str) -> Result<Vec<String>> {
-        if self.vm.state()? == "running" {
+        if self.vm.state()? != "shut off" {
             return Ok(self
                 .vm
                 .live_bitmaps()?

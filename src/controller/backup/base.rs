@@ -1,15 +1,14 @@
 //! Where an incremental backup starts, and which disks can start there. Pure.
 //!
-//! Every checkpoint's bitmap records on its own, so any usable one can be a base. Chains of several owners
-//! (label `virtmark.dev/owner`) on one VM do not see each other unless a base is named.
+//! Every checkpoint's bitmap records on its own, so any usable one can be a base, also another owner's when it is named.
 
 use kube::ResourceExt as _;
 
 use crate::api::{
-    self, BackupSupport, BackupType, CheckpointDiskStatus, DiskMode, DomainDisk, FullReason,
+    BackupSupport, BackupType, CheckpointDiskStatus, DiskMode, DomainDisk, FullReason,
     InvalidCheckpointPolicy, VmBackup, VmCheckpoint,
 };
-use crate::controller::checkpoint::is_usable;
+use crate::controller::chain::{Chain, is_base, owner};
 use crate::reason::{Because, Reason};
 
 /// What a backup of a disk reads, and why all of it where less was asked for, with more about it.
@@ -56,12 +55,7 @@ pub fn choose<'a>(
         if !can {
             return or_full(none_can());
         }
-        let newest = checkpoints
-            .iter()
-            .filter(|checkpoint| checkpoint.spec.vm_uuid == vm_uuid && is_base(checkpoint))
-            .filter(|checkpoint| owner(checkpoint.labels()) == owner(backup.labels()))
-            .max_by_key(|checkpoint| (checkpoint.spec.creation_time.0, checkpoint.name_any()));
-        return match newest {
+        return match Chain::of(vm_uuid, owner(backup.labels()), checkpoints).next_base() {
             Some(newest) => Ok(Some(newest)),
             None => {
                 let message = format!("VM {} has no usable checkpoint of this owner", spec.vm);
@@ -85,14 +79,6 @@ pub fn choose<'a>(
         return or_full(Because::new(Reason::CheckpointInvalid, message));
     }
     Ok(Some(found))
-}
-
-fn is_base(checkpoint: &VmCheckpoint) -> bool {
-    is_usable(checkpoint) && checkpoint.metadata.deletion_timestamp.is_none()
-}
-
-fn owner(labels: &std::collections::BTreeMap<String, String>) -> Option<&str> {
-    labels.get(api::LABEL_OWNER).map(String::as_str)
 }
 
 /// How `disk` is read by a backup from `base`.

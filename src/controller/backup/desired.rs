@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
-use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::{Resource as _, ResourceExt as _};
 
 use super::resolve::Binding;
 use crate::api::{
     self, CheckpointDisk, DesiredState, Direction, ImageTransfer, ImageTransferSpec, Protocol,
-    TransferFormat, VmBackup, VmCheckpoint, VmCheckpointSpec, conditions,
+    TransferFormat, VmBackup, VmCheckpoint, VmCheckpointSpec,
 };
 
 /// The name of the checkpoint of a backup: its name, and the start of its uid, for a name can be used again.
@@ -20,12 +19,7 @@ pub fn checkpoint_name(backup: &VmBackup) -> String {
 }
 
 /// The checkpoint to be made with a backup; `None` when only raw disks are in it.
-pub fn checkpoint(
-    backup: &VmBackup,
-    binding: &Binding,
-    cluster: &str,
-    now: Timestamp,
-) -> Option<VmCheckpoint> {
+pub fn checkpoint(backup: &VmBackup, binding: &Binding, cluster: &str) -> Option<VmCheckpoint> {
     if binding.in_checkpoint.is_empty() {
         return None;
     }
@@ -39,10 +33,13 @@ pub fn checkpoint(
         vm: backup.spec.vm.clone(),
         vm_uuid: binding.vm_uuid.clone(),
         bitmap: format!("virtmark-{cluster}-{}", backup.uid().unwrap_or_default()),
-        creation_time: Time(conditions::whole_seconds(now)),
+        parent: binding.parent.clone(),
+        creation_time: Time(binding.checkpoint_time),
         disks: disks.collect(),
     };
-    let metadata = metadata(backup, checkpoint_name(backup), None);
+    let mut metadata = metadata(backup, checkpoint_name(backup), None);
+    let of_vm = (api::LABEL_VM_UUID.to_owned(), binding.vm_uuid.clone());
+    metadata.labels.get_or_insert_default().extend([of_vm]);
     Some(VmCheckpoint { metadata, spec, status: None })
 }
 

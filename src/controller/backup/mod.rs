@@ -16,7 +16,7 @@ use kube::{Api, Resource as _, ResourceExt as _};
 
 use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
 use super::context::{Parting, is_host_clean, parting};
-use super::{Context, OperatorError, checkpoint};
+use super::{Context, OperatorError, chain, checkpoint};
 use crate::api::{
     self, BackupType, FullReason, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup,
     VmBackupStatus, VmCheckpoint,
@@ -87,13 +87,11 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
         // the store is behind; the newer one is on its way here
         return Ok(Requeue::requeue(Duration::from_millis(20)));
     }
+    let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
     let checkpoints = match backup.spec.backup_type {
-        BackupType::Full => Vec::new(),
+        BackupType::Full => checkpoints.list(&of_vm).await?.items,
         // by the namespace: one that is named and of another VM is told from one that is not there
-        BackupType::Incremental => {
-            let api = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
-            api.list(&ListParams::default()).await?.items
-        }
+        BackupType::Incremental => checkpoints.list(&ListParams::default()).await?.items,
     };
     let now = clock::now();
     let facts = Facts {
@@ -135,7 +133,7 @@ async fn bind(
     let held = cluster::hold(api, backup).await?;
     killpoint::reached(Step::Held);
     let now = clock::now();
-    let checkpoint = desired::checkpoint(&held, binding, &context.cluster, now);
+    let checkpoint = desired::checkpoint(&held, binding, &context.cluster);
     if let Some(checkpoint) = &checkpoint {
         let checkpoints =
             Api::<VmCheckpoint>::namespaced(context.client.clone(), &held.namespace().unwrap_or_default());
@@ -320,7 +318,7 @@ async fn settle(
         killpoint::reached(Step::CheckpointUsable);
         return Ok(());
     }
-    if checkpoint::is_usable(&found) || !free {
+    if chain::is_usable(&found) || !free {
         return Ok(());
     }
     if found.meta().deletion_timestamp.is_none() {

@@ -8,6 +8,7 @@ use crate::api::{
     BackupDisk, BackupSupport, DesiredState, DiskMode, DomainDisk, DomainState, LibvirtDomain, OfflinePolicy,
     VmBackup, VmCheckpoint,
 };
+use crate::controller::chain::{Chain, owner};
 use crate::reason::{Because, Reason, Retry};
 
 /// What was gathered.
@@ -17,7 +18,7 @@ pub struct Facts<'a> {
     pub domain: Option<&'a LibvirtDomain>,
     /// The other VmBackups of that VM in the namespace.
     pub others: &'a [VmBackup],
-    /// The VmCheckpoints in the namespace; asked for an incremental backup only.
+    /// The VmCheckpoints in the namespace; of a full backup, those that name its VM at the least.
     pub checkpoints: &'a [VmCheckpoint],
     /// Whether the VM's node is there and not NotReady.
     pub node: NodeHealth,
@@ -51,6 +52,10 @@ pub struct Binding {
     pub from_checkpoint: Option<String>,
     /// Those of them that can keep a bitmap.
     pub in_checkpoint: Vec<DomainDisk>,
+    /// The newest checkpoint of the VM and the owner, which the new one follows.
+    pub parent: Option<String>,
+    /// When the new one is made.
+    pub checkpoint_time: Timestamp,
 }
 
 /// What the checklist says.
@@ -133,7 +138,7 @@ fn check(backup: &VmBackup, facts: &Facts<'_>) -> Result<Binding, Because> {
         let message = format!("VmBackup {} of the same VM is not finished", other.name_any());
         return no(Reason::BackupAlreadyRunning, message);
     }
-    bind(backup, node, domain.spec.uuid.clone(), &disks, facts.checkpoints)
+    bind(backup, node, domain.spec.uuid.clone(), &disks, facts)
 }
 
 /// How each disk is read, and from where.
@@ -142,9 +147,9 @@ fn bind(
     node: String,
     vm_uuid: String,
     disks: &[DomainDisk],
-    checkpoints: &[VmCheckpoint],
+    facts: &Facts<'_>,
 ) -> Result<Binding, Because> {
-    let base = base::choose(backup, &vm_uuid, disks, checkpoints)?;
+    let base = base::choose(backup, &vm_uuid, disks, facts.checkpoints)?;
     let mut bound = Vec::with_capacity(disks.len());
     for disk in disks {
         let mode = base::mode(backup, disk, base)?;
@@ -163,7 +168,10 @@ fn bind(
     let from_checkpoint = base.filter(|_| starts).map(kube::ResourceExt::name_any);
     let in_checkpoint =
         disks.iter().filter(|disk| disk.backup == BackupSupport::Incremental).cloned().collect();
-    Ok(Binding { node, vm_uuid, disks: bound, from_checkpoint, in_checkpoint })
+    let chain = Chain::of(&vm_uuid, owner(backup.labels()), facts.checkpoints);
+    let parent = chain.newest().map(kube::ResourceExt::name_any);
+    let checkpoint_time = chain.next_time(facts.now);
+    Ok(Binding { node, vm_uuid, disks: bound, from_checkpoint, in_checkpoint, parent, checkpoint_time })
 }
 
 /// The disks to back up, in the domain's order.

@@ -1,0 +1,125 @@
+//! Checkpoints as a chain: what is shown of it, what is deleted from it.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use virtmark_bed::{Disk, wait_until};
+
+use super::chain::{Chain, Point};
+use super::rig::{BOUND, MIB, Rig, merge};
+
+/// An incremental that will not put up with a full disk.
+fn strict(more: Value) -> Value {
+    let mut spec = json!({"type": "Incremental", "onInvalidCheckpoint": "Fail"});
+    merge(&mut spec, more);
+    spec
+}
+
+/// Waits until a checkpoint says where it stands.
+fn stands(rig: &Rig, point: &Point, parent: &str, base: &str) -> Result<()> {
+    let mut last = Value::Null;
+    wait_until(BOUND, &format!("{} to stand after {parent:?}, {base:?}", point.checkpoint()), || {
+        last = rig.get("vmcheckpoint", point.checkpoint())?["status"].clone();
+        let text = |key: &str| last[key].as_str().unwrap_or_default();
+        Ok((text("parent") == parent && text("base") == base).then_some(()))
+    })
+    .with_context(|| format!("its status: {last}"))
+}
+
+fn delete(rig: &Rig, point: &Point) -> Result<()> {
+    rig.kubectl(&["delete", "vmcheckpoint", point.checkpoint(), "--timeout=60s"]).map(drop)
+}
+
+/// The disk holds the bitmaps of these checkpoints, and no other.
+fn holds(rig: &Rig, disk: &str, points: &[&Point]) -> Result<()> {
+    let uid = |point: &&Point| -> Result<String> {
+        let checkpoint = rig.get("vmcheckpoint", point.checkpoint())?;
+        Ok(checkpoint["spec"]["bitmap"].as_str().context("no bitmap")?.to_owned())
+    };
+    let expected = points.iter().map(uid).collect::<Result<BTreeSet<_>>>()?;
+    let found: BTreeSet<_> = rig.bitmaps(disk)?.into_iter().collect();
+    ensure!(found == expected, "{disk} holds {found:?}, not {expected:?}");
+    Ok(())
+}
+
+#[test]
+fn the_chain_is_shown_and_closes_over_what_is_deleted_running_paused_or_off() -> Result<()> {
+    let disks = ["vda", "vdb"];
+    let rig = Rig::running("linked", disks.map(|target| Disk::qcow2(target, 16 * MIB)))?;
+    let node = rig.vm.hypervisor();
+    let chain = Chain::of(&rig, "linked");
+    let take = |number: u8, spec: Value| -> Result<Point> {
+        for disk in disks {
+            rig.vm.write(disk, u64::from(number) * MIB, MIB / 2, number)?;
+        }
+        chain.take(&format!("linked-{number}"), spec, || Ok(()))
+    };
+    let mut points = vec![take(1, json!({}))?, take(2, strict(json!({})))?, take(3, strict(json!({})))?];
+    // these are in the images now; those that come are QEMU's alone
+    rig.vm.destroy()?;
+    rig.vm.start()?;
+    rig.published("Running")?;
+    points.extend([take(4, strict(json!({})))?, take(5, strict(json!({})))?]);
+    let [first, second, third, fourth, fifth] = points.as_slice() else { unreachable!() };
+    stands(&rig, first, "", "Older")?;
+    stands(&rig, second, first.checkpoint(), "Older")?;
+    stands(&rig, third, second.checkpoint(), "Older")?;
+    stands(&rig, fourth, third.checkpoint(), "Older")?;
+    stands(&rig, fifth, fourth.checkpoint(), "Next")?;
+    let table = rig.kubectl(&["get", "vmcp"])?;
+    ensure!(
+        table.lines().next().is_some_and(|line| line.contains("PARENT") && line.contains("BASE")),
+        "{table}"
+    );
+    let row = table.lines().find(|line| line.starts_with(fifth.checkpoint())).context("not in the table")?;
+    let row: Vec<_> = row.split_whitespace().collect();
+    assert_eq!(row[1..6], ["linked", fourth.checkpoint(), "Next", "True", "BackupSucceeded"]);
+
+    // one in the images while it runs; one in the images, and one that is not, while it is paused
+    delete(&rig, second)?;
+    stands(&rig, third, first.checkpoint(), "Older")?;
+    holds(&rig, "vda", &[first, third, fourth, fifth])?;
+    node.virsh(&["suspend", "linked"])?;
+    rig.published("Paused")?;
+    delete(&rig, third)?;
+    delete(&rig, fourth)?;
+    stands(&rig, fifth, first.checkpoint(), "Next")?;
+    holds(&rig, "vda", &[first, fifth])?;
+    node.virsh(&["resume", "linked"])?;
+    rig.published("Running")?;
+
+    // the chain goes on, from the newest and from over the hole
+    let sixth = take(6, strict(json!({})))?;
+    assert_eq!((sixth.base(), sixth.restored["vdb"].read), (fifth.checkpoint(), MIB / 2));
+    let seventh = take(7, strict(json!({"fromCheckpoint": first.checkpoint()})))?;
+    assert_eq!((seventh.base(), seventh.restored["vdb"].read), (first.checkpoint(), 3 * MIB));
+    // without the newest, the one before it is where tonight's starts
+    delete(&rig, &seventh)?;
+    stands(&rig, &sixth, fifth.checkpoint(), "Next")?;
+    rig.vm.destroy()?;
+    rig.published("Off")?;
+    for disk in disks {
+        holds(&rig, disk, &[first, fifth, &sixth])?;
+    }
+    delete(&rig, fifth)?;
+    stands(&rig, &sixth, first.checkpoint(), "Next")?;
+    for disk in disks {
+        holds(&rig, disk, &[first, &sixth])?;
+    }
+    rig.vm.start()?;
+    rig.published("Running")?;
+    let eighth = take(8, strict(json!({})))?;
+    assert_eq!((eighth.base(), eighth.restored["vda"].read), (sixth.checkpoint(), MIB));
+
+    // all of a VM
+    rig.vm.destroy()?;
+    rig.published("Off")?;
+    let of_vm = format!("virtmark.dev/vm-uuid={}", rig.vm.uuid);
+    let deleted = rig.kubectl(&["delete", "vmcheckpoint", "-l", &of_vm, "--timeout=60s"])?;
+    assert_eq!(deleted.lines().count(), 3, "{deleted}");
+    for disk in disks {
+        holds(&rig, disk, &[])?;
+    }
+    Ok(())
+}

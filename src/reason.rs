@@ -125,6 +125,10 @@ reasons! {
     /// The backup was not Ready within startDeadlineSeconds.
     StartDeadlineExceeded Never "VmBackup", "look at the last reason in the message, then make a new backup",
 
+    // told of what was done for the user
+    /// More checkpoints than maxCheckpoints: such as cannot be used any more, and then the oldest, are deleted.
+    TooManyCheckpoints Never "VmBackup", "nothing to do",
+
     // told of the inventory
     /// Two domains have the same name: this one is published with the start of its uuid added.
     NameTaken Never "LibvirtDomain", "rename one of the two domains",

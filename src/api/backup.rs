@@ -49,6 +49,8 @@ use super::{DesiredState, Phase, schema};
         .message("quiesce is immutable: make another VmBackup").field_path(".quiesce"),
     validation = Rule::new("has(self.fromCheckpoint) == has(oldSelf.fromCheckpoint) && (!has(self.fromCheckpoint) || self.fromCheckpoint == oldSelf.fromCheckpoint)")
         .message("fromCheckpoint is immutable: make another VmBackup").field_path(".fromCheckpoint"),
+    validation = Rule::new("has(self.maxCheckpoints) == has(oldSelf.maxCheckpoints) && (!has(self.maxCheckpoints) || self.maxCheckpoints == oldSelf.maxCheckpoints)")
+        .message("maxCheckpoints is immutable: make another VmBackup").field_path(".maxCheckpoints"),
     validation = Rule::new("!has(self.fromCheckpoint) || self.type == 'Incremental'")
         .message("fromCheckpoint needs type Incremental").field_path(".fromCheckpoint")
 )]
@@ -119,6 +121,14 @@ pub struct VmBackupSpec {
     #[serde(default = "client_idle")]
     #[schemars(range(min = 1, max = 2_592_000))]
     pub client_idle_seconds: i32,
+
+    /// How many checkpoints of the VM and of this owner (label virtmark.dev/owner) are kept once this backup succeeded, its
+    /// own with them: each costs the guest's writes a little. The others are deleted with their bitmaps: first such as
+    /// cannot be used any more, then the oldest. One that a backup which has not ended starts from stays. Unset: all are
+    /// kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub max_checkpoints: Option<i32>,
 
     /// Seconds after the end when this object is deleted. Unset: kept until you delete it. Its checkpoint
     /// stays.

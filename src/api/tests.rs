@@ -43,6 +43,7 @@ fn what_a_backup_is_about_never_changes() {
         (json!({"type": "Incremental"}), "type is immutable"),
         (json!({"onInvalidCheckpoint": "Fail"}), "onInvalidCheckpoint is immutable"),
         (json!({"transfers": "Manual"}), "transfers is immutable"),
+        (json!({"maxCheckpoints": 1}), "maxCheckpoints is immutable"),
     ] {
         let refused = with(change.clone()).validate_cel_update(&old);
         let said = format!("{:?}", refused.expect_err(&change.to_string()));

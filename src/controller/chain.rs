@@ -1,5 +1,5 @@
 //! The checkpoints of a VM and an owner, in the order in which they were made: which comes before which, where the next
-//! incremental starts. Pure.
+//! incremental starts, which are too many. Pure.
 //!
 //! Every checkpoint's bitmap records on its own: the order is what people and restores see, and no bitmap needs it.
 //! Chains of several owners (label `virtmark.dev/owner`) on one VM do not see each other.
@@ -110,6 +110,19 @@ impl<'a> Chain<'a> {
             said != Some(self.place(point))
         })
     }
+
+    /// What is too many, once the backup that made `last` succeeded and wants `most` of them: such as cannot be used, then
+    /// the oldest. One `in_use` stays until the next backup asks. Nothing, when a later backup has had its say.
+    pub fn excess(&self, last: &str, most: usize, in_use: impl Fn(&str) -> bool) -> Vec<&'a VmCheckpoint> {
+        if self.newest().is_none_or(|newest| newest.name_any() != last) {
+            return Vec::new();
+        }
+        let mut others = self.0[..self.0.len() - 1].to_vec();
+        // stable: the oldest of each kind first
+        others.sort_by_key(|point| is_usable(point));
+        let over = self.0.len().saturating_sub(most);
+        others.into_iter().take(over).filter(|point| !in_use(&point.name_any())).collect()
+    }
 }
 
 #[cfg(test)]
@@ -181,5 +194,26 @@ mod tests {
             [at(101), at(101), at(101), at(200)]
         );
         assert_eq!(Chain::of(UUID, None, []).next_time(at(7)), at(7));
+    }
+
+    #[test]
+    fn the_oldest_are_too_many_and_none_in_use() {
+        let all = [
+            point("a", 1, None, Some("True")),
+            point("b", 2, None, Some("False")),
+            point("c", 3, None, Some("True")),
+            going(point("x", 4, None, Some("True"))),
+            point("d", 5, None, Some("True")),
+        ];
+        let excess = |last: &str, most, used: &str| -> Vec<String> {
+            let chain = Chain::of(UUID, None, &all);
+            chain.excess(last, most, |name| name == used).iter().map(|point| point.name_any()).collect()
+        };
+        assert!(excess("d", 4, "").is_empty());
+        assert_eq!(excess("d", 3, ""), ["b"], "what cannot be used first");
+        assert_eq!(excess("d", 2, ""), ["b", "a"]);
+        assert_eq!(excess("d", 1, ""), ["b", "a", "c"], "never its own");
+        assert_eq!(excess("d", 2, "a"), ["b"], "one in use stays, and no younger one goes for it");
+        assert!(excess("c", 1, "").is_empty(), "a later backup has its own wish");
     }
 }

@@ -1,4 +1,4 @@
-//! Checkpoints as a chain: what is shown of it, what is deleted from it.
+//! Checkpoints as a chain: what is shown of it, what is deleted from it, how many there are.
 
 use std::collections::BTreeSet;
 
@@ -122,4 +122,48 @@ fn the_chain_is_shown_and_closes_over_what_is_deleted_running_paused_or_off() ->
         holds(&rig, disk, &[])?;
     }
     Ok(())
+}
+
+#[test]
+fn no_more_are_kept_than_the_last_backup_wants_and_none_goes_that_one_starts_from() -> Result<()> {
+    let rig = Rig::running("bounded", [Disk::qcow2("vda", 8 * MIB)])?;
+    let [ours, theirs] = ["bounded", "bounded-other"].map(|name| Chain::of(&rig, name));
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    rig.backup_of("bounded-other", "other", json!({}))?;
+    let others = theirs.go_on("bounded-other", || Ok(()))?;
+    let take = |number: u8| {
+        rig.vm.write("vda", u64::from(number) * MIB, MIB, number)?;
+        let spec = json!({"type": "Incremental", "maxCheckpoints": 2});
+        let name = format!("bounded-{number}");
+        rig.backup(&name, spec)?;
+        // libvirt is told of the one that goes, for a moment: its host is clean in the end
+        ours.go_on(&name, || Ok(()))
+    };
+    let [first, second, third] = [take(1)?, take(2)?, take(3)?];
+    rig.gone("vmcheckpoint", first.checkpoint())?;
+    holds(&rig, "vda", &[&others, &second, &third])?;
+    stands(&rig, &second, "", "Older")?;
+    stands(&rig, &third, second.checkpoint(), "Next")?;
+    wait_until(BOUND, "an Event to say so", || {
+        Ok(rig.events("bounded-3")?.contains(&"TooManyCheckpoints".to_owned()).then_some(()))
+    })?;
+
+    // one wants no other kept, while the next one waits to start from the oldest
+    rig.backup("bounded-4", json!({"type": "Incremental", "maxCheckpoints": 1}))?;
+    rig.phase("vmbackup", "bounded-4", "Ready")?;
+    let fourth = rig.checkpoint_of("bounded-4")?;
+    rig.made("vmcheckpoint", &fourth);
+    rig.backup("bounded-5", strict(json!({"fromCheckpoint": second.checkpoint(), "maxCheckpoints": 2})))?;
+    rig.reason("vmbackup", "bounded-5", "BackupAlreadyRunning")?;
+    rig.read("bounded-4-vda", &rig.vm.remember("vda")?)?;
+    rig.state("vmbackup", "bounded-4", "Finalized")?;
+    let fifth = ours.go_on("bounded-5", || Ok(()))?;
+    assert_eq!((fifth.base(), fifth.restored["vda"].read), (second.checkpoint(), MIB));
+    // and once nobody starts from it, it is too many
+    rig.gone("vmcheckpoint", third.checkpoint())?;
+    rig.gone("vmcheckpoint", second.checkpoint())?;
+    stands(&rig, &fifth, &fourth, "Next")?;
+    rig.host_is_clean()?;
+    assert_eq!(rig.bitmaps("vda")?.len(), 3, "two of ours, and the other owner's");
+    stands(&rig, &others, "", "Next")
 }

@@ -25,6 +25,7 @@ fn good_objects_are_taken_and_bad_ones_refused_with_words() -> Result<()> {
         ("VmBackup", "bad", json!({"vm": "db01", "disks": ["vda", "vda"]}), Some("Duplicate")),
         ("VmBackup", "bad", json!({"vm": "db01", "disks": ["../x"]}), Some("spec.disks")),
         ("VmBackup", "bad", json!({"vm": "db01", "type": "Differential"}), Some("Unsupported value")),
+        ("VmBackup", "bad", json!({"vm": "db01", "maxCheckpoints": 0}), Some("maxCheckpoints")),
         ("VmBackup", "bad", json!({"vm": "db01", "offline": "Allow"}), Some("Unsupported value")),
         ("VmBackup", "bad", json!({"vm": "db01", "startDeadlineSeconds": 0}), Some("startDeadlineSeconds")),
         ("VmBackup", "bad", json!({"vm": "db01", "quiesce": {"timeoutSeconds": 61}}), Some("timeoutSeconds")),

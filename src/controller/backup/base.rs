@@ -81,6 +81,14 @@ pub fn choose<'a>(
     Ok(Some(found))
 }
 
+/// Whether a backup that has not ended starts from the checkpoint `name`, or wants to.
+pub fn may_start_from(backup: &VmBackup, name: &str) -> bool {
+    let status = backup.status.as_ref();
+    let ended = status.is_some_and(|status| status.phase.is_terminal());
+    let bound = status.and_then(|status| status.from_checkpoint.as_deref());
+    !ended && (bound == Some(name) || backup.spec.from_checkpoint.as_deref() == Some(name))
+}
+
 /// How `disk` is read by a backup from `base`.
 ///
 /// # Errors

@@ -15,8 +15,9 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _, ResourceExt as _};
 
 use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
+use super::chain::{self, Chain, owner};
 use super::context::{Parting, is_host_clean, parting};
-use super::{Context, OperatorError, chain, checkpoint};
+use super::{Context, OperatorError, checkpoint};
 use crate::api::{
     self, BackupType, FullReason, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup,
     VmBackupStatus, VmCheckpoint,
@@ -316,7 +317,7 @@ async fn settle(
     if status.phase == Phase::Succeeded {
         checkpoint::make_usable(&checkpoints, &found, clock::now()).await?;
         killpoint::reached(Step::CheckpointUsable);
-        return Ok(());
+        return remove_excess(backup, &found, &checkpoints, context).await;
     }
     if chain::is_usable(&found) || !free {
         return Ok(());
@@ -326,6 +327,32 @@ async fn settle(
     }
     if let Some(found) = checkpoints.get_opt(&name).await? {
         cluster::release(&checkpoints, &found).await?;
+    }
+    Ok(())
+}
+
+/// Deletes the checkpoints that are more than a backup that succeeded, and made `last`, wants kept.
+async fn remove_excess(
+    backup: &VmBackup,
+    last: &VmCheckpoint,
+    checkpoints: &Api<VmCheckpoint>,
+    context: &Context,
+) -> Result<(), OperatorError> {
+    let Some(most) = backup.spec.max_checkpoints.and_then(|most| usize::try_from(most).ok()) else {
+        return Ok(());
+    };
+    let of_vm = ListParams::default().fields(&format!("spec.vm={}", backup.spec.vm));
+    let all = checkpoints.list(&of_vm).await?.items;
+    let chain = Chain::of(&last.spec.vm_uuid, owner(last.labels()), &all);
+    let others = api(backup, context).list(&of_vm).await?.items;
+    let in_use = |name: &str| others.iter().any(|other| base::may_start_from(other, name));
+    for excess in chain.excess(&last.name_any(), most, in_use) {
+        let name = excess.name_any();
+        cluster::delete(checkpoints, &name, excess.uid()).await?;
+        let message = format!("VmCheckpoint {name} is deleted: maxCheckpoints is {most}");
+        tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "{message}");
+        let because = Because::new(Reason::TooManyCheckpoints, message);
+        context.events.tell(backup, false, "Prune", &because).await;
     }
     Ok(())
 }

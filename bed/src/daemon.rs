@@ -41,12 +41,12 @@ impl Daemon {
 
     /// Stops it where it stands, until `resume`.
     pub fn pause(&self) {
-        self.process.signal(Signal::STOP);
+        self.process.pause();
     }
 
     /// Lets it go on.
     pub fn resume(&self) {
-        self.process.signal(Signal::CONT);
+        self.process.resume();
     }
 
     /// Kills it if it lives, and starts it again as it was started, with `environment` besides.

@@ -183,6 +183,15 @@ impl Hypervisor {
         Process::find(pid.parse().ok()?, "libvirtd", false)
     }
 
+    /// What libvirt keeps of a domain that runs, in its own words: the job that it is in, among others.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn kept_status(&self, domain: &str) -> Result<String> {
+        let init = self.init.as_ref().context("it is off")?.pid;
+        Ok(fs::read_to_string(format!("/proc/{init}/root/run/libvirt/qemu/{domain}.xml"))?)
+    }
+
     /// The log of one domain's QEMU.
     pub fn qemu_log(&self, domain: &str) -> PathBuf {
         self.dir.join("log/qemu").join(format!("{domain}.log"))

@@ -54,6 +54,25 @@ impl Process {
         }
     }
 
+    /// Whether signals wait for it, because it was stopped.
+    pub fn has_signals(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let pending = status.lines().filter_map(|line| {
+            line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:")).map(str::trim)
+        });
+        pending.into_iter().any(|mask| !mask.trim_start_matches('0').is_empty())
+    }
+
+    /// Stops it where it stands, until `resume`.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
     /// Ends it: politely first, unless it is a namespace; waits until it is gone.
     pub fn end(&self) {
         if !self.is_namespace {

@@ -226,6 +226,23 @@ impl Vm {
         })
     }
 
+    /// Removes its definition: while it runs, it is transient from here on.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn undefine(&self) -> Result<()> {
+        self.hypervisor.virsh(&["undefine", &self.name]).map(drop)
+    }
+
+    /// Defines it again, as it was.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn redefine(&self) -> Result<()> {
+        let file = self.dir.join("domain.xml");
+        self.hypervisor.virsh(&["define", &file.to_string_lossy()]).map(drop)
+    }
+
     /// Pulls its plug.
     ///
     /// # Errors
@@ -260,7 +277,8 @@ impl Vm {
     pub fn write(&self, target: &str, offset: u64, length: u64, pattern: u8) -> Result<()> {
         self.qemu_io(
             target,
-            &format!("write -P {pattern:#x} {offset} {length}"),
+            // flushed: what QEMU keeps of it in memory would die with QEMU
+            &format!("write -f -P {pattern:#x} {offset} {length}"),
             &format!("wrote {length}/{length}"),
         )?;
         let mirror = OpenOptions::new().write(true).open(self.mirror(target))?;

@@ -10,9 +10,17 @@ pub const VARIABLE: &str = "VIRTMARK_DIE_AT";
 /// The same, for where it stops until it is told to go on.
 pub const PAUSE_VARIABLE: &str = "VIRTMARK_PAUSE_AT";
 
+/// The environment variable that names a folder. While it has a file `JobAborted@db01-1`, the backup db01-1 does not
+/// get past that step, and nothing else is held up; the file is renamed to `held-JobAborted@db01-1` when it stands there.
+pub const HOLD_VARIABLE: &str = "VIRTMARK_HOLD_IN";
+
 /// The step was taken.
 #[cfg(not(feature = "killpoints"))]
 pub fn reached(_: Step) {}
+
+/// The step was taken by the backup `name`.
+#[cfg(not(feature = "killpoints"))]
+pub fn reached_by(_: Step, _name: &str) {}
 
 /// Calls `call`, during which the process may be killed.
 #[cfg(not(feature = "killpoints"))]
@@ -21,16 +29,17 @@ pub fn during<T>(_: Step, call: impl FnOnce() -> T) -> T {
 }
 
 #[cfg(feature = "killpoints")]
-pub use armed::{during, reached};
+pub use armed::{during, reached, reached_by};
 
 #[cfg(feature = "killpoints")]
 mod armed {
+    use std::path::Path;
     use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Duration;
 
     use rustix::process::{Signal, getpid, kill_process};
 
-    use super::{PAUSE_VARIABLE, Step, VARIABLE};
+    use super::{HOLD_VARIABLE, PAUSE_VARIABLE, Step, VARIABLE};
 
     /// How long a call is given before the process dies in it: libvirt has it by then, and has not answered.
     const IN_THE_MIDDLE: Duration = Duration::from_millis(5);
@@ -65,6 +74,18 @@ mod armed {
         if PAUSE.is_due(step) {
             // comes back when it is told to go on
             let _ = kill_process(getpid(), Signal::STOP);
+        }
+    }
+
+    /// The same, and the one backup stands here while it is to be held. Its thread is blocked: have enough of them.
+    pub fn reached_by(step: Step, name: &str) {
+        reached(step);
+        let Some(folder) = std::env::var_os(HOLD_VARIABLE) else { return };
+        let held = Path::new(&folder).join(format!("held-{step}@{name}"));
+        if std::fs::rename(Path::new(&folder).join(format!("{step}@{name}")), &held).is_ok() {
+            while held.exists() {
+                std::thread::sleep(IN_THE_MIDDLE);
+            }
         }
     }
 

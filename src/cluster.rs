@@ -1,12 +1,14 @@
-//! Writing to the Kubernetes API, and watching it: the only file that names its parameters. It decides nothing.
+//! Watching and writing to the Kubernetes API: the only file that names its parameters. It decides nothing.
 //!
 //! Status is written whole, at the resourceVersion it was computed from; a conflict means compute again.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::Serialize;
@@ -42,7 +44,8 @@ where
 }
 
 /// A controller of what `config` selects. `left` hears of what leaves the watch, by whatever door: it is selected no
-/// more, it was deleted, or it was deleted by force, which nobody was asked about.
+/// more, it was deleted, or it was deleted by force, which nobody was asked about. While the API server is away the watch
+/// waits, and nothing else: `Controller::new` would hold back every other trigger too, libvirt's events among them.
 pub fn controller<K>(
     api: Api<K>,
     config: watcher::Config,
@@ -52,12 +55,37 @@ where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     let (reader, writer) = reflector::store();
-    let changes = reflector(writer, watcher(api, config)).inspect(move |event| {
+    let changes = watcher(api, config).backoff(Patience::default()).reflect(writer).inspect(move |event| {
         if let Ok(watcher::Event::Delete(object)) = event {
             left(object);
         }
     });
-    Controller::for_stream(changes.applied_objects(), reader)
+    let changes = changes.applied_objects().filter_map(|change| async {
+        change.inspect_err(|error| tracing::warn!(kind = %K::kind(&()), %error, "watching")).ok().map(Ok)
+    });
+    Controller::for_stream(changes, reader)
+}
+
+/// How long a watch waits before it asks again: longer each time, never long, and never all at once.
+#[derive(Default)]
+struct Patience {
+    failures: u32,
+}
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let most = 250 << self.failures;
+        self.failures = (self.failures + 1).min(4);
+        Some(Duration::from_millis(rand::random_range(most / 2..=most)))
+    }
+}
+
+impl Backoff for Patience {
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
 }
 
 /// Creates `object`. Answers false when one of this name is there already.
@@ -187,4 +215,19 @@ pub async fn connect(kubeconfig: Option<&std::path::Path>) -> anyhow::Result<Cli
         None => kube::Config::infer().await?,
     };
     Ok(Client::try_from(config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watch_asks_again_within_seconds_however_long_the_api_server_was_away() {
+        let mut patience = Patience::default();
+        let waits: Vec<_> = patience.by_ref().take(100).map(|wait| wait.as_millis()).collect();
+        assert!((125..=250).contains(&waits[0]), "{waits:?}");
+        assert!(waits[4..].iter().all(|wait| (2000..=4000).contains(wait)), "{waits:?}");
+        patience.reset();
+        assert!(patience.next().is_some_and(|wait| wait.as_millis() <= 250));
+    }
 }

@@ -10,7 +10,7 @@ use k8s_openapi::jiff::SignedDuration;
 use kube::core::PartialObjectMeta;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
 use kube::runtime::reflector::store::Writer;
-use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
+use kube::runtime::{WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
@@ -56,7 +56,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         // a closed channel means that the operator is shutting down
         let _ = left.unbounded_send((backup.namespace().unwrap_or_default(), backup.clone()));
     });
-    let transfers = Controller::new(Api::<ImageTransfer>::all(client.clone()), any());
+    let transfers = cluster::controller(Api::<ImageTransfer>::all(client.clone()), any(), |_| {});
     let (checkpoint_left, mut gone_checkpoints) = mpsc::unbounded();
     let checkpoints =
         cluster::controller(Api::<VmCheckpoint>::all(client.clone()), any(), move |checkpoint| {

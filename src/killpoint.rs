@@ -18,9 +18,11 @@ pub const HOLD_VARIABLE: &str = "VIRTMARK_HOLD_IN";
 #[cfg(not(feature = "killpoints"))]
 pub fn reached(_: Step) {}
 
-/// The step was taken by the backup `name`.
+/// Whether the backup `name` is to stand at this step.
 #[cfg(not(feature = "killpoints"))]
-pub fn reached_by(_: Step, _name: &str) {}
+pub fn holds(_: Step, _name: &str) -> bool {
+    false
+}
 
 /// Calls `call`, during which the process may be killed.
 #[cfg(not(feature = "killpoints"))]
@@ -29,7 +31,7 @@ pub fn during<T>(_: Step, call: impl FnOnce() -> T) -> T {
 }
 
 #[cfg(feature = "killpoints")]
-pub use armed::{during, reached, reached_by};
+pub use armed::{during, holds, reached};
 
 #[cfg(feature = "killpoints")]
 mod armed {
@@ -77,16 +79,12 @@ mod armed {
         }
     }
 
-    /// The same, and the one backup stands here while it is to be held. Its thread is blocked: have enough of them.
-    pub fn reached_by(step: Step, name: &str) {
-        reached(step);
-        let Some(folder) = std::env::var_os(HOLD_VARIABLE) else { return };
+    /// Whether the backup `name` is to stand at this step. Who asks waits, and asks again.
+    pub fn holds(step: Step, name: &str) -> bool {
+        let Some(folder) = std::env::var_os(HOLD_VARIABLE) else { return false };
         let held = Path::new(&folder).join(format!("held-{step}@{name}"));
-        if std::fs::rename(Path::new(&folder).join(format!("{step}@{name}")), &held).is_ok() {
-            while held.exists() {
-                std::thread::sleep(IN_THE_MIDDLE);
-            }
-        }
+        let _ = std::fs::rename(Path::new(&folder).join(format!("{step}@{name}")), &held);
+        held.exists()
     }
 
     /// Calls `call`, and dies in the middle of it, if the step is the one.

@@ -26,7 +26,7 @@ fn read(text: &str) {
     let _ = backup_socket(text);
     let Ok(domain) = Domain::parse(text) else { return };
     let _ = (domain.guest_agent_connected(), domain.qemu_owner(), domain.disks_with_block_job());
-    let listed = Listed { state: DomainState::Running, xml: text.to_owned(), sizes: Vec::new() };
+    let listed = Listed { state: DomainState::Running, qemu: None, xml: text.to_owned(), sizes: Vec::new() };
     let Some(seen) = sighting("node", &listed) else { return };
     // what the API server would refuse would keep every other domain out of the inventory, too
     let hex = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));

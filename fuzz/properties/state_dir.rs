@@ -188,6 +188,7 @@ fn record(uid: &str, target: &str) -> Record {
         bitmap: Some("virtmark-1".into()),
         base: Some(Base { bitmap: "virtmark-0".into(), created: 1, strict: false }),
         disks: vec![disk],
+        qemu: None,
         quiesce: QuiesceMode::None,
         quiesce_seconds: 1,
         life: Life::default(),

@@ -58,7 +58,8 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
         })
         .await;
     let because = match &removed {
-        Ok(()) => Because::new(Reason::Finalizing, "the bitmaps are gone"),
+        Ok(true) => Because::new(Reason::Finalizing, "the bitmaps are gone"),
+        Ok(false) => Because::new(Reason::VmNotFound, "the VM is gone: the bitmaps are left to its images"),
         Err(error) => Because::new(Reason::FinalizeFailed, error.to_string()),
     };
     tracing::info!(checkpoint = checkpoint.name_any(), vm = checkpoint.spec.vm, "{because}");

@@ -140,7 +140,7 @@ mod tests {
 
     fn seen(from: &str, to: &str) -> Option<DomainSightingSpec> {
         let xml = include_str!("../../tests/golden/domain-live.xml").replace(from, to);
-        sighting("node-a", &Listed { state: DomainState::Running, xml, sizes: vec![] })
+        sighting("node-a", &Listed { state: DomainState::Running, qemu: Some(1), xml, sizes: vec![] })
     }
 
     #[test]

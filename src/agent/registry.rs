@@ -333,6 +333,7 @@ mod tests {
             bitmap: None,
             base: None,
             disks: Vec::new(),
+            qemu: None,
             quiesce: QuiesceMode::None,
             quiesce_seconds: 10,
             life: Life::default(),

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use futures::{StreamExt as _, channel::mpsc};
 use k8s_openapi::jiff::SignedDuration;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
-use kube::runtime::{Controller, watcher};
+use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -34,11 +34,17 @@ use crate::libvirt::{self, Libvirt, Notice};
 /// How often the inventory is read although libvirt said nothing.
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
+/// How soon what could not be published is tried again.
+const UNPUBLISHED: Duration = Duration::from_secs(1);
+
 /// How long an ended backup is remembered, for its transfers to learn how it ended.
 const REMEMBERED: SignedDuration = SignedDuration::from_secs(60);
 
 /// Every how many rounds each backup's object is asked for, although nothing was heard of it.
 const DOUBT: u64 = 12;
+
+/// Every how many rounds a guest is thawed whose backup's object was not seen yet.
+const THAW: u64 = 2;
 
 /// How often an address is tried that is in use.
 const LISTEN: Duration = Duration::from_millis(200);
@@ -114,7 +120,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         .graceful_shutdown_on(stopped())
         .run(transfer::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("transfer", result) });
-    let checkpoint_controller = Controller::new(Api::<VmCheckpoint>::all(client.clone()), mine)
+    let checkpoint_controller = cluster::controller(Api::<VmCheckpoint>::all(client.clone()), mine, |_| {})
         .with_config(settings())
         .reconcile_on(checkpoints)
         .graceful_shutdown_on(stopped())
@@ -124,28 +130,25 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let watched = Arc::clone(&context);
     let namespace = config.system_namespace.clone();
     let inventory = async move {
-        let mut inventory = None;
+        let (mut inventory, mut due) = (None, SAFETY_NET);
         loop {
-            let notice = tokio::time::timeout(SAFETY_NET, notices.next()).await;
-            match notice {
+            match tokio::time::timeout(due, notices.next()).await {
                 Ok(None) => return,
-                Ok(Some(Notice::Domain(uuid))) => watched.registry.wake_domain(Some(&uuid)),
-                Ok(Some(Notice::Everything)) | Err(_) => watched.registry.wake_domain(None),
-                Ok(Some(Notice::Disconnected(why))) => {
-                    tracing::warn!(why, "libvirt cannot be reached");
-                    continue;
-                }
+                Ok(Some(notice)) => heed(&watched, notice),
+                Err(_) if due == SAFETY_NET => watched.registry.wake_domain(None),
+                Err(_) => {}
             }
             while let Ok(more) = notices.try_recv() {
-                if let Notice::Domain(uuid) = more {
-                    watched.registry.wake_domain(Some(&uuid));
+                heed(&watched, more);
+            }
+            due = match publish(&mut inventory, &watched, &namespace).await {
+                Ok(()) => SAFETY_NET,
+                Err(error) => {
+                    tracing::warn!(%error, "the inventory was not published");
+                    inventory = None;
+                    UNPUBLISHED
                 }
-            }
-            if let Err(error) = publish(&mut inventory, &watched, &namespace).await {
-                tracing::warn!(%error, "the inventory was not published");
-                inventory = None;
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
+            };
         }
     };
     let kept = Arc::clone(&context);
@@ -153,10 +156,18 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         let mut ticks = tokio::time::interval_at(Instant::now() + STORE, STORE);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut round = 0_u64;
+        thaw(&kept).await;
         loop {
             tokio::select! {
                 _ = ticks.tick() => {
                     round += 1;
+                    if round.is_multiple_of(THAW) {
+                        thaw(&kept).await;
+                    }
+                    let host = kept.host.clone();
+                    if let Err(error) = kept.blocking(move || host.remove_orphans()).await {
+                        tracing::warn!(%error, "bitmaps of failed backups are left");
+                    }
                     // what left the watch while it was down left without a word: ask, once in a while
                     keep(&kept, round.is_multiple_of(DOUBT)).await;
                 }
@@ -276,6 +287,26 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Looks again at what libvirt says has changed.
+fn heed(context: &Context, notice: Notice) {
+    match notice {
+        Notice::Domain(uuid) => context.registry.wake_domain(Some(&uuid)),
+        Notice::Everything => context.registry.wake_domain(None),
+        Notice::Disconnected(why) => tracing::warn!(why, "libvirt cannot be reached"),
+    }
+}
+
+/// Thaws the guests that an earlier process may have left frozen: they do not wait for the API server. Once a backup's
+/// object was seen, its reconciler does.
+async fn thaw(context: &Context) {
+    let unseen = |live: &Live| !live.confirmed.load(Ordering::Relaxed);
+    for (uid, live) in context.registry.all().into_iter().filter(|(_, live)| unseen(live)) {
+        if let Err(error) = backup::reconcile::thaw(&live, context).await {
+            tracing::warn!(backup = uid, %error, "a guest may be frozen still");
+        }
+    }
 }
 
 async fn publish(

@@ -36,6 +36,22 @@ impl LibvirtError {
         Self { code: 0, domain: 0, message: message.to_owned() }
     }
 
+    /// libvirtd did not answer (`VIR_FROM_RPC`): it is gone, or the connection broke in the middle of the call. What
+    /// the call did is not known.
+    pub fn is_unreachable(&self) -> bool {
+        self.domain == virt::sys::VIR_FROM_RPC
+    }
+
+    /// QEMU went away in the middle of the call. libvirt may take a moment to say so of the domain.
+    pub fn is_monitor_lost(&self) -> bool {
+        self.domain == virt::sys::VIR_FROM_QEMU && self.message.contains("monitor")
+    }
+
+    /// Another job holds the domain (`VIR_ERR_OPERATION_TIMEOUT`): libvirt waited 30 s for it, and did nothing.
+    pub fn is_busy(&self) -> bool {
+        self.code == virt::sys::VIR_ERR_OPERATION_TIMEOUT
+    }
+
     /// The domain does not exist (`VIR_ERR_NO_DOMAIN`).
     pub fn is_no_domain(&self) -> bool {
         self.code == virt::sys::VIR_ERR_NO_DOMAIN
@@ -76,11 +92,25 @@ pub fn one_line(text: &str, longest: usize) -> String {
 /// `VIR_DOMAIN_AGENT_RESPONSE_TIMEOUT_BLOCK`: what a domain has when nobody set a bound.
 const AGENT_BLOCKS: i32 = -2;
 
+/// The long job that holds a domain: a backup, a migration, a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DomainJob {
+    /// None.
+    None,
+    /// One runs.
+    Runs,
+    /// libvirt says that one runs and knows nothing of it. Seen on 11.3, after libvirtd was killed while it began a
+    /// backup: nothing ends that job but another libvirtd that starts while the domain is off.
+    Lost,
+}
+
 /// A domain, as libvirt lists it.
 #[derive(Clone, Debug)]
 pub struct Listed {
     /// Whether it runs.
     pub state: DomainState,
+    /// libvirt's number of its QEMU: another one each time that it starts. None while it is off.
+    pub qemu: Option<u32>,
     /// Its live XML, or the persistent one when it is off.
     pub xml: String,
     /// Virtual sizes by disk target, in bytes, where libvirt can tell.
@@ -130,7 +160,12 @@ impl Libvirt {
     /// When libvirt cannot be reached. A domain that vanishes meanwhile is left out.
     pub fn domains(&self) -> Result<Vec<Listed>, LibvirtError> {
         let domains = self.connect()?.list_all_domains(0)?;
-        Ok(domains.iter().filter_map(|domain| listed(domain).ok()).collect())
+        let found = domains.iter().map(listed).filter(|found| match found {
+            // any other error is no word about the domain: it must not pass for one that is gone
+            Err(error) => !error.is_no_domain(),
+            Ok(_) => true,
+        });
+        found.collect()
     }
 
     /// One domain; `None` when libvirt does not know it.
@@ -141,6 +176,34 @@ impl Libvirt {
         match self.domain(uuid).and_then(|domain| listed(&domain)) {
             Ok(found) => Ok(Some(found)),
             Err(error) if error.is_no_domain() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// libvirt's number of a domain's QEMU; `None` when there is none here.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn qemu(&self, uuid: &str) -> Result<Option<u32>, LibvirtError> {
+        match self.domain(uuid) {
+            Ok(domain) => Ok(domain.id()),
+            Err(error) if error.is_no_domain() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The job that holds a domain.
+    ///
+    /// # Errors
+    /// When libvirt cannot be reached.
+    pub fn job(&self, uuid: &str) -> Result<DomainJob, LibvirtError> {
+        match self.domain(uuid).and_then(|domain| Ok(domain.job_info()?)) {
+            Ok(job) if job.r#type == 0 => Ok(DomainJob::None),
+            Ok(_) => Ok(DomainJob::Runs),
+            Err(error) if error.is_unreachable() => Err(error),
+            Err(error) if error.is_busy() => Ok(DomainJob::Runs),
+            Err(error) if error.code == virt::sys::VIR_ERR_INTERNAL_ERROR => Ok(DomainJob::Lost),
+            Err(error) if error.is_no_domain() || error.is_no_backup() => Ok(DomainJob::None),
             Err(error) => Err(error),
         }
     }
@@ -192,18 +255,6 @@ impl Libvirt {
         }
     }
 
-    /// Whether libvirt works on the domain: a backup that begins or runs, a migration, a dump.
-    ///
-    /// # Errors
-    /// When libvirt cannot be reached.
-    pub fn is_worked_on(&self, uuid: &str) -> Result<bool, LibvirtError> {
-        match self.domain(uuid).and_then(|domain| Ok(domain.job_info()?)) {
-            Ok(job) => Ok(u32::try_from(job.r#type) != Ok(virt::sys::VIR_DOMAIN_JOB_NONE)),
-            Err(error) if error.is_no_backup() || error.is_no_domain() => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Aborts the domain's job. Ask `backup_xml` first whose it is.
     ///
     /// # Errors
@@ -223,12 +274,29 @@ impl Libvirt {
         ffi::checkpoint_redefine(&self.domain(uuid)?, xml, validate)
     }
 
-    /// Deletes a checkpoint that libvirt knows, with its bitmaps unless `metadata_only`.
+    /// Deletes a checkpoint that libvirt knows, with its bitmaps, those that a killed QEMU left inconsistent too. Bitmaps
+    /// that are not there need no deletion.
     ///
     /// # Errors
-    /// libvirt's. A checkpoint that it does not know answers [`LibvirtError::is_no_checkpoint`].
-    pub fn checkpoint_delete(&self, uuid: &str, name: &str, metadata_only: bool) -> Result<(), LibvirtError> {
-        ffi::checkpoint_delete(&self.domain(uuid)?, name, metadata_only)
+    /// libvirt's.
+    pub fn checkpoint_delete(&self, uuid: &str, name: &str) -> Result<(), LibvirtError> {
+        match ffi::checkpoint_delete(&self.domain(uuid)?, name, false) {
+            Err(error) if error.message.contains("not found in backing chain") => {
+                self.checkpoint_forget(uuid, name)
+            }
+            other => other,
+        }
+    }
+
+    /// Drops libvirt's note of a checkpoint, if it has one. The bitmaps stay.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn checkpoint_forget(&self, uuid: &str, name: &str) -> Result<(), LibvirtError> {
+        match ffi::checkpoint_delete(&self.domain(uuid)?, name, true) {
+            Err(error) if error.is_no_checkpoint() => Ok(()),
+            other => other,
+        }
     }
 }
 
@@ -236,16 +304,16 @@ fn listed(domain: &Domain) -> Result<Listed, LibvirtError> {
     let (state, why) = domain.state()?;
     let xml = domain.xml_desc(0)?;
     let targets = xml::Domain::parse(&xml).map(|parsed| parsed.devices.disks).unwrap_or_default();
-    let sizes = targets
-        .into_iter()
-        .filter(xml::Disk::has_source)
-        .filter_map(|disk| {
-            let capacity = domain.block_info(&disk.target.dev, 0).ok()?.capacity;
-            // nought is what libvirt says of any disk while it does not know: seen after restarts of it and of VMs
-            (capacity > 0).then_some((disk.target.dev, capacity))
-        })
-        .collect();
-    Ok(Listed { state: domain_state(state.known(), why), xml, sizes })
+    let mut sizes = Vec::with_capacity(targets.len());
+    for disk in targets.into_iter().filter(xml::Disk::has_source) {
+        match domain.block_info(&disk.target.dev, 0).map_err(LibvirtError::from) {
+            // nought stands for a disk of which libvirt does not know yet
+            Ok(info) if info.capacity > 0 => sizes.push((disk.target.dev, info.capacity)),
+            Err(error) if error.is_unreachable() => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(Listed { state: domain_state(state.known(), why), qemu: domain.id(), xml, sizes })
 }
 
 /// What a backup may make of libvirt's state: only a guest that runs, or that its user paused, is quiet
@@ -267,6 +335,38 @@ fn domain_state(state: Option<VirtState>, why: DomainStateReasonEnum) -> DomainS
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_that_says_nothing_about_the_backup_is_told_from_one_that_does() {
+        use virt::sys::{
+            VIR_ERR_INTERNAL_ERROR, VIR_ERR_OPERATION_FAILED, VIR_ERR_OPERATION_TIMEOUT,
+            VIR_ERR_SYSTEM_ERROR, VIR_FROM_QEMU, VIR_FROM_RPC,
+        };
+        // as libvirt 11.3 says them
+        let table = [
+            (
+                VIR_FROM_RPC,
+                VIR_ERR_SYSTEM_ERROR,
+                "Failed to connect socket to '/run/libvirt/libvirt-sock'",
+                true,
+            ),
+            (VIR_FROM_RPC, VIR_ERR_INTERNAL_ERROR, "client socket is closed", true),
+            (
+                VIR_FROM_QEMU,
+                VIR_ERR_SYSTEM_ERROR,
+                "Unable to read from monitor: Connection reset by peer",
+                true,
+            ),
+            (VIR_FROM_QEMU, VIR_ERR_OPERATION_TIMEOUT, "cannot acquire state change lock", true),
+            (VIR_FROM_QEMU, VIR_ERR_INTERNAL_ERROR, "unable to execute QEMU command 'transaction'", false),
+            (VIR_FROM_QEMU, VIR_ERR_OPERATION_FAILED, "Bitmap 'x' is inconsistent", false),
+        ];
+        for (domain, code, message, expected) in table {
+            let error = LibvirtError { domain, code, message: message.to_owned() };
+            let cut_off = error.is_unreachable() || error.is_busy() || error.is_monitor_lost();
+            assert_eq!(cut_off, expected, "{error}");
+        }
+    }
 
     #[test]
     fn words_from_libvirt_cannot_make_a_log_line_of_their_own() {

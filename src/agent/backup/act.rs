@@ -12,7 +12,7 @@ use crate::agent::state::{Record, StateDir, StateError};
 use crate::api::{FullReason, QuiesceMode};
 use crate::killpoint;
 use crate::libvirt::xml::{self, Domain};
-use crate::libvirt::{Libvirt, LibvirtError, Listed, one_line};
+use crate::libvirt::{DomainJob, Libvirt, LibvirtError, Listed, one_line};
 use crate::reason::{Because, Reason};
 use crate::step::Step;
 
@@ -101,16 +101,23 @@ pub struct Host {
 
 impl Host {
     /// Does `action` for `record`, and says what it came to. Sizes and image paths are learnt on the way.
-    pub fn perform(&self, action: Action, record: &mut Record) -> Report {
+    ///
+    /// # Errors
+    /// When a step of the way up was cut off, because libvirt is away or the VM stopped: that says nothing about the
+    /// backup, which starts again when both are back.
+    pub fn perform(&self, action: Action, record: &mut Record) -> Result<Report, HostError> {
         let done = match action {
-            Action::Freeze => return Report::Froze(self.freeze(record)),
+            Action::Freeze => match self.freeze(record) {
+                Ok(froze) => return Ok(Report::Froze(froze)),
+                Err(error) => Err(error),
+            },
             Action::MakeFiles => self.make_files(record),
             Action::Redefine => self.redefine(record),
             Action::Begin => self.begin(record),
             Action::Thaw => self.thaw(record),
             Action::AbortJob => self.abort_job(record),
             Action::DeleteCheckpoint => match &record.bitmap {
-                Some(bitmap) => self.delete_checkpoint(&record.vm_uuid, bitmap, &bitmap_disks(record)),
+                Some(bitmap) => self.discard_checkpoint(record, bitmap),
                 None => Ok(()),
             },
             Action::ForgetCheckpoint => match &record.bitmap {
@@ -124,15 +131,25 @@ impl Host {
             Action::RemoveFiles => self.state.remove_run(&record.uid).map_err(HostError::from),
         };
         match done {
-            Ok(()) => Report::Done,
-            Err(error) => Report::Failed(error.because()),
+            Ok(()) => Ok(Report::Done),
+            Err(error) if action.is_upward() && self.is_cut_off(record, &error) => Err(error),
+            Err(error) if action == Action::Freeze => Ok(Report::Froze(Freeze::Failed(error.to_string()))),
+            Err(error) => Ok(Report::Failed(error.because())),
         }
+    }
+
+    /// Whether an action failed because libvirt is away or busy, or the QEMU is gone that the backup was prepared with.
+    fn is_cut_off(&self, record: &Record, error: &HostError) -> bool {
+        matches!(error, HostError::Libvirt(error)
+            if error.is_unreachable() || error.is_busy() || error.is_monitor_lost())
+            || self.libvirt.qemu(&record.vm_uuid).ok().flatten() != record.qemu
     }
 
     fn make_files(&self, record: &mut Record) -> Result<(), HostError> {
         let listed = self.libvirt.lookup(&record.vm_uuid)?.ok_or(HostError::NoDomain)?;
         let domain = Domain::parse(&listed.xml).map_err(|_| HostError::NoDomain)?;
         let owner = domain.qemu_owner();
+        record.qemu = listed.qemu;
         let run = self.state.make_run(&record.uid)?;
         for planned in &mut record.disks {
             let missing = || HostError::NoDisk(planned.target.clone());
@@ -195,24 +212,16 @@ impl Host {
         }
     }
 
-    fn freeze(&self, record: &Record) -> Freeze {
+    fn freeze(&self, record: &Record) -> Result<Freeze, HostError> {
         if record.quiesce == QuiesceMode::None {
-            return Freeze::NotAsked("quiesce.mode is None".to_owned());
+            return Ok(Freeze::NotAsked("quiesce.mode is None".to_owned()));
         }
-        let connected = self.libvirt.lookup(&record.vm_uuid).map(|listed| {
-            listed
-                .and_then(|listed| Domain::parse(&listed.xml).ok())
-                .is_some_and(|d| d.guest_agent_connected())
-        });
-        match connected {
-            Ok(true) => {}
-            Ok(false) => return Freeze::NotAsked("no guest agent is connected to the VM".to_owned()),
-            Err(error) => return Freeze::NotAsked(error.to_string()),
+        let listed = self.libvirt.lookup(&record.vm_uuid)?.ok_or(HostError::NoDomain)?;
+        if !Domain::parse(&listed.xml).is_ok_and(|domain| domain.guest_agent_connected()) {
+            return Ok(Freeze::NotAsked("no guest agent is connected to the VM".to_owned()));
         }
-        match self.libvirt.freeze(&record.vm_uuid, record.quiesce_seconds) {
-            Ok(()) => Freeze::Frozen,
-            Err(error) => Freeze::Failed(error.to_string()),
-        }
+        self.libvirt.freeze(&record.vm_uuid, record.quiesce_seconds)?;
+        Ok(Freeze::Frozen)
     }
 
     fn thaw(&self, record: &Record) -> Result<(), HostError> {
@@ -276,7 +285,11 @@ impl Host {
     /// When libvirt cannot be reached.
     pub fn our_job(&self, record: &Record) -> Result<Job, HostError> {
         let Some(running) = self.libvirt.backup_xml(&record.vm_uuid)? else {
-            return Ok(if self.libvirt.is_worked_on(&record.vm_uuid)? { Job::Other } else { Job::None });
+            return Ok(match self.libvirt.job(&record.vm_uuid)? {
+                DomainJob::None => Job::None,
+                DomainJob::Runs => Job::Other,
+                DomainJob::Lost => Job::Lost,
+            });
         };
         let ours = self.state.socket_of(&record.uid)?;
         let is_ours = xml::backup_socket(&running).is_some_and(|socket| Path::new(&socket) == ours);
@@ -300,16 +313,42 @@ impl Host {
 
     /// Drops libvirt's note of a checkpoint; its bitmaps stay.
     fn forget(&self, vm_uuid: &str, bitmap: &str) -> Result<(), HostError> {
-        match self.libvirt.checkpoint_delete(vm_uuid, bitmap, true) {
-            Err(error) if error.is_no_checkpoint() || error.is_no_domain() => Ok(()),
+        match self.libvirt.checkpoint_forget(vm_uuid, bitmap) {
+            Err(error) if error.is_no_domain() => Ok(()),
             other => Ok(other?),
         }
     }
 
+    /// Removes the checkpoint of a backup that failed, or notes that it is to be removed when the VM is back.
+    fn discard_checkpoint(&self, record: &Record, bitmap: &str) -> Result<(), HostError> {
+        let disks = bitmap_disks(record);
+        if !self.delete_checkpoint(&record.vm_uuid, bitmap, &disks)? {
+            self.state.store_orphan(record)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what failed backups had to leave, of VMs that are back.
+    ///
+    /// # Errors
+    /// When one could not be removed, which keeps nobody from removing the others.
+    pub fn remove_orphans(&self) -> Result<(), HostError> {
+        self.state.orphans()?.iter().fold(Ok(()), |sofar, record| sofar.and(self.remove_orphan(record)))
+    }
+
+    fn remove_orphan(&self, record: &Record) -> Result<(), HostError> {
+        let Some(bitmap) = &record.bitmap else { return Ok(()) };
+        if self.delete_checkpoint(&record.vm_uuid, bitmap, &bitmap_disks(record))? {
+            self.state.forget_orphan(&record.uid)?;
+        }
+        Ok(())
+    }
+
     /// Removes a checkpoint: libvirt's note of it, and the bitmap `bitmap` in each of `disks` (target, and
-    /// path of the qcow2 image), also where an external snapshot left it in a layer below. With a QEMU through libvirt; without one by `qemu-img`, which takes the image's
-    /// lock, so that a QEMU that starts meanwhile cannot have it too. A domain that is not here is left
-    /// alone: its images may be in use elsewhere.
+    /// path of the qcow2 image), also where an external snapshot left it in a layer below. With a QEMU through
+    /// libvirt; without one by `qemu-img`, which takes the image's lock, so that a QEMU that starts meanwhile cannot have
+    /// it too. Answers false when the domain is not here: then its images are left alone, for they may be in use
+    /// elsewhere.
     ///
     /// # Errors
     /// When the bitmaps may still be there.
@@ -318,19 +357,23 @@ impl Host {
         vm_uuid: &str,
         bitmap: &str,
         disks: &[(String, Option<PathBuf>)],
-    ) -> Result<(), HostError> {
-        let Some(listed) = self.libvirt.lookup(vm_uuid)? else { return Ok(()) };
+    ) -> Result<bool, HostError> {
+        let Some(listed) = self.libvirt.lookup(vm_uuid)? else { return Ok(false) };
         if listed.state.is_active() {
             return self.delete_live(vm_uuid, bitmap, disks);
         }
-        self.forget(vm_uuid, bitmap)?;
+        self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
         // one qemu-img at a time: it takes the image's lock, and several checkpoints may go at once
         let _alone = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        for (_, image) in disks {
+         for (_, image) in disks {
             let mut layer = image.clone().filter(|image| image.exists());
             while let Some(image) = layer {
                 let info = info_of(&image)?;
                 if info.has(bitmap) {
+                    // a VM that was started meanwhile must find its images unlocked: ask as late as can be
+                    if self.libvirt.qemu(vm_uuid)?.is_some() {
+                        return self.delete_live(vm_uuid, bitmap, disks);
+                    }
                     let qcow2 = ["-f".as_ref(), "qcow2".as_ref(), image.as_ref(), bitmap.as_ref()];
                     qemu_img("bitmap", &[&["--remove".as_ref()], qcow2.as_slice()].concat())?;
                     killpoint::reached(Step::BitmapRemoved);
@@ -338,7 +381,7 @@ impl Host {
                 layer = info.below();
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn delete_live(
@@ -346,25 +389,18 @@ impl Host {
         vm_uuid: &str,
         bitmap: &str,
         disks: &[(String, Option<PathBuf>)],
-    ) -> Result<(), HostError> {
-        self.forget(vm_uuid, bitmap)?;
+    ) -> Result<bool, HostError> {
         // disk by disk, and unseen: what is missing or broken in one disk is no matter of the others
+        self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
         for (target, _) in disks {
             let xml = xml::checkpoint_xml(bitmap, &[target], Some(1));
             match self.libvirt.checkpoint_redefine(vm_uuid, &xml, false) {
-                Ok(()) => {}
-                Err(error) if names_no_disk(&error) => continue,
+                Ok(()) => self.libvirt.checkpoint_delete(vm_uuid, bitmap)?,
+                Err(error) if names_no_disk(&error) => {}
                 Err(error) => return Err(error.into()),
             }
-            match self.libvirt.checkpoint_delete(vm_uuid, bitmap, false) {
-                // a bitmap that QEMU does not know leaves libvirt's note alone: seen after a QEMU was killed
-                Err(error) if error.message.contains("not found in backing chain") => {
-                    self.forget(vm_uuid, bitmap)?;
-                }
-                other => other?,
-            }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -379,6 +415,8 @@ pub enum Job {
     Foreign,
     /// Not a backup's, or that of one that is just beginning.
     Other,
+    /// That of a backup that libvirt lost track of.
+    Lost,
 }
 
 /// The redefinition was refused because a bitmap is missing or broken, or its disk is not there.

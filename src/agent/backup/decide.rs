@@ -41,12 +41,23 @@ pub struct Facts<'a> {
     pub foreign_job: bool,
     /// Another job than a backup's runs on the domain.
     pub other_job: bool,
+    /// libvirt holds the domain for a job that it lost track of.
+    pub lost_job: bool,
     /// Per disk, bytes that must be read and were not; known only once finalize was asked for.
     pub missing: Option<&'a [(String, u64)]>,
     /// When a client last asked for something, or the backup became Ready.
     pub last_request: Timestamp,
     /// The time.
     pub now: Timestamp,
+}
+
+/// What holds a domain, that no backup can begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// A job that runs: a migration, a save.
+    Runs,
+    /// A job that libvirt lost track of.
+    Lost,
 }
 
 /// How the backup must end now, if it must.
@@ -111,7 +122,8 @@ pub fn is_revocable(outcome: &Outcome) -> bool {
 
 /// Why nothing may be begun on the host yet.
 pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Because> {
-    if life.stage >= Stage::Quiesced || life.outcome.is_some() {
+    // a guest that is frozen does not wait
+    if life.stage == Stage::Begun || life.held.frozen || life.outcome.is_some() {
         return None;
     }
     let because = |reason, message: &str| Some(Because::new(reason, message));
@@ -141,6 +153,11 @@ pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Becau
             Reason::VmBusy,
             "libvirt works on the VM: a migration, a dump, or a backup that begins",
         );
+    }
+    if facts.lost_job {
+        let message = "libvirtd was killed while it began a backup, and holds the VM for a job that it knows nothing of: \
+            shut the VM down, restart libvirtd, start the VM";
+        return because(Reason::VmBusy, message);
     }
     if let Some(disk) = facts.block_jobs.first() {
         return Some(Because::new(Reason::DisksLocked, format!("a block job runs on disk {disk}")));
@@ -181,6 +198,7 @@ fn deadline(from: Timestamp, seconds: i32) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use super::super::life::Held;
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -217,6 +235,7 @@ mod tests {
             rival: None,
             foreign_job: false,
             other_job: false,
+            lost_job: false,
             missing: None,
             last_request: at(10),
             now: at(now),
@@ -314,6 +333,7 @@ mod tests {
             (Facts { rival: Some("db01-a"), ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
             (Facts { foreign_job: true, ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
             (Facts { other_job: true, ..facts(1) }, Some(Reason::VmBusy)),
+            (Facts { lost_job: true, ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { block_jobs: &jobs, ..facts(1) }, Some(Reason::DisksLocked)),
             (Facts { room: Some(9), ..facts(1) }, Some(Reason::ScratchSpaceLow)),
             (Facts { room: None, ..facts(1) }, None),
@@ -322,6 +342,15 @@ mod tests {
             let held = hold(&spec("{}"), &Life::default(), &facts).map(|because| because.reason);
             assert_eq!(held, expected, "{facts:?}");
             assert_eq!(hold(&spec("{}"), &ready(), &facts), None, "a job that runs is not held");
+            let again = Life { stage: Stage::Quiesced, ..Life::default() };
+            let held = hold(&spec("{}"), &again, &facts).map(|because| because.reason);
+            let expected = expected.filter(|reason| *reason != Reason::ScratchSpaceLow);
+            assert_eq!(
+                held, expected,
+                "a begin that did not come back, and is made again: its images are there"
+            );
+            let frozen = Life { held: Held { frozen: true, ..Held::default() }, ..again };
+            assert_eq!(hold(&spec("{}"), &frozen, &facts), None, "a frozen guest does not wait");
         }
     }
 

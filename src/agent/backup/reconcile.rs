@@ -82,11 +82,12 @@ pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Resu
     let mut gathered = gather(&backup, &live, &record, &context).await?;
     loop {
         let facts = gathered.facts(&backup, &live, &record.life);
-        record.life.observe(gathered.seen, facts.now);
+        let seen = gathered.seen(&record);
+        record.life.observe(seen, facts.now);
         let ending = decide::ending(&backup.spec, &record.life, &facts);
         if let Some(outcome) = ending.filter(|_| record.life.outcome.is_none()) {
             if outcome == Outcome::Succeeded {
-                killpoint::reached(Step::FinalizeSeen);
+                reached(Step::FinalizeSeen, &record.name).await;
                 let sealed = seal(&backup, &old, &live, &record, &gathered, &context).await?;
                 old = sealed.status.clone().unwrap_or(old);
                 backup = Arc::new(sealed);
@@ -109,7 +110,7 @@ pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Resu
             }
             return Err(error);
         }
-        if matches!(action, Action::Begin | Action::AbortJob) {
+        if matches!(action, Action::Begin | Action::AbortJob) || record.qemu != gathered.qemu {
             gathered = gather(&backup, &live, &record, &context).await?;
         }
     }
@@ -151,28 +152,44 @@ async fn seal(
     Ok(cluster::replace_status(&api(backup, context), &object, api::AGENT).await?)
 }
 
+/// Thaws a guest that was left frozen, without its object: the API server may be away for long.
+///
+/// # Errors
+/// When the state directory cannot be used; a thaw that fails is tried again by the next call.
+pub async fn thaw(live: &Live, context: &Context) -> Result<(), AgentError> {
+    // held means busy: its own reconciler sees to it
+    let Ok(mut record) = live.record.try_lock() else { return Ok(()) };
+    record.life.retry();
+    if record.life.next() == Some(Action::Thaw) {
+        perform(Action::Thaw, &mut record, context).await?;
+    }
+    Ok(())
+}
+
 /// Cleans the host after a backup whose object does not exist any more, or is another node's now.
 ///
 /// # Errors
 /// When the API server cannot be asked, or the host: the caller tries again.
 pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(), AgentError> {
-    let mut record = live.record.lock().await;
     if live.released.load(Ordering::Relaxed) {
         return Ok(());
     }
-    let api = Api::<VmBackup>::namespaced(context.client.clone(), &record.namespace);
-    let object = api.get_opt(&record.name).await?.filter(|object| object.uid().as_deref() == Some(uid));
+    // not held while the API server is asked: a thaw would wait for the answer
+    let (namespace, name) = (live.object.namespace.clone().unwrap_or_default(), live.object.name.clone());
+    let api = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
+    let object = api.get_opt(&name).await?.filter(|object| object.uid().as_deref() == Some(uid));
     let node = object.and_then(|object| object.status?.node_name);
     if node.as_deref() == Some(&context.node) {
         return Ok(());
     }
+    let mut record = live.record.lock().await;
     record.life.end(Outcome::Failed(Because::new(Reason::Deleted, "its VmBackup is gone")));
     record.life.retry();
     let host = context.host.clone();
     let asked = record.clone();
     let (listed, job) = context.blocking(move || host.look(&asked)).await?;
     let active = listed.is_some_and(|listed| listed.state.is_active());
-    record.life.observe(Seen { active, our_job: job == Job::Ours }, clock::now());
+    record.life.observe(Seen { active, our_job: job == Job::Ours, restarted: false }, clock::now());
     while let Some(action) = record.life.next() {
         perform(action, &mut record, context).await?;
     }
@@ -187,12 +204,14 @@ pub async fn clean_orphan(uid: &str, live: &Live, context: &Context) -> Result<(
 
 /// What was read of libvirt and the clients.
 struct Gathered {
-    seen: Seen,
+    qemu: Option<u32>,
+    our_job: bool,
     domain: Option<api::DomainState>,
     block_jobs: Vec<String>,
     rival: Option<String>,
     foreign_job: bool,
     other_job: bool,
+    lost_job: bool,
     missing: Option<Vec<(String, u64)>>,
     last_request: Option<Timestamp>,
     absent_since: Option<Timestamp>,
@@ -206,6 +225,11 @@ struct Gathered {
 }
 
 impl Gathered {
+    fn seen(&self, record: &Record) -> Seen {
+        let restarted = self.qemu.is_some() && record.qemu.is_some() && record.qemu != self.qemu;
+        Seen { active: self.qemu.is_some(), our_job: self.our_job, restarted }
+    }
+
     fn facts<'a>(&'a self, backup: &VmBackup, live: &Live, life: &Life) -> Facts<'a> {
         let now = clock::now();
         let asked = if live.has_unseen() { Some(now) } else { self.last_request };
@@ -224,6 +248,7 @@ impl Gathered {
             rival: self.rival.as_deref(),
             foreign_job: self.foreign_job,
             other_job: self.other_job,
+            lost_job: self.lost_job,
             missing: self.missing.as_deref(),
             last_request: asked.max(life.ready_at).unwrap_or(now),
             now,
@@ -240,14 +265,14 @@ async fn gather(
     let host = context.host.clone();
     let asked = record.clone();
     let (listed, job) = context.blocking(move || host.look(&asked)).await?;
-    let active = listed.as_ref().is_some_and(|listed| listed.state.is_active());
+    let qemu = listed.as_ref().and_then(|listed| listed.qemu);
+    let our_job = job == Job::Ours;
     let block_jobs = listed
         .as_ref()
         .and_then(|listed| Domain::parse(&listed.xml).ok())
         .map(|domain| domain.disks_with_block_job().into_iter().map(str::to_owned).collect())
         .unwrap_or_default();
-    let seen = Seen { active, our_job: job == Job::Ours };
-    let finalizing = backup.spec.state == DesiredState::Finalized && record.life.is_serving() && seen.our_job;
+    let finalizing = backup.spec.state == DesiredState::Finalized && record.life.is_serving() && our_job;
     // a successor must not ask for what was read before the finalize
     let finalizing = finalizing && context.store_coverage(&record.uid, live);
     let rival = match record.life.outcome {
@@ -260,7 +285,7 @@ async fn gather(
     };
     let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
     let starting = record.life.stage < Stage::Begun && record.life.outcome.is_none();
-    let elsewhere = if starting && !active { context.elsewhere(&record.vm_uuid).await? } else { None };
+    let elsewhere = if starting && qemu.is_none() { context.elsewhere(&record.vm_uuid).await? } else { None };
     let room = if record.life.stage == Stage::New {
         let host = context.host.clone();
         let usage = context.blocking(move || Ok(host.state.scratch_usage()?)).await?;
@@ -269,7 +294,8 @@ async fn gather(
         None
     };
     Ok(Gathered {
-        seen,
+        qemu,
+        our_job,
         absent_since: live.absent(listed.is_none(), clock::now()),
         elsewhere,
         room,
@@ -282,6 +308,7 @@ async fn gather(
         rival,
         foreign_job: job == Job::Foreign,
         other_job: job == Job::Other,
+        lost_job: job == Job::Lost,
         missing,
         last_request: context.last_request(live, clock::now()),
         hold: None,
@@ -305,6 +332,14 @@ async fn count_missing(
     Ok(live.missing())
 }
 
+/// A step was taken: where a test may kill the process, or hold this one backup.
+async fn reached(step: Step, name: &str) {
+    killpoint::reached(step);
+    while killpoint::holds(step, name) {
+        tokio::time::sleep(SOON).await;
+    }
+}
+
 /// Notes the intent, acts, notes the outcome.
 async fn perform(action: Action, record: &mut Record, context: &Context) -> Result<(), AgentError> {
     let with_checkpoint = record.bitmap.is_some();
@@ -317,7 +352,7 @@ async fn perform(action: Action, record: &mut Record, context: &Context) -> Resu
         other => other?,
     }
     if let Some(step) = before(action) {
-        killpoint::reached(step);
+        reached(step, &record.name).await;
     }
     if action == Action::AbortJob {
         context.end_tickets(&record.uid).await;
@@ -338,7 +373,8 @@ async fn perform(action: Action, record: &mut Record, context: &Context) -> Resu
         }
     };
     *record = moved;
-    killpoint::reached(after(action));
+    let report = report?;
+    reached(after(action), &record.name).await;
     tracing::info!(backup = %record.uid, vm = %record.vm, ?action, ?report, "host action");
     if early {
         record.life.thawed_early(record.quiesce_seconds, required);
@@ -520,6 +556,7 @@ async fn adopt(
         bitmap,
         base,
         disks: disks.collect(),
+        qemu: None,
         quiesce: quiesce.mode,
         quiesce_seconds: quiesce.timeout_seconds,
         life,

@@ -152,6 +152,7 @@ mod tests {
             bitmap: Some("m".into()),
             base: None,
             disks: vec![disk("vda", true), disk("vdb", false)],
+            qemu: None,
             quiesce: QuiesceMode::BestEffort,
             quiesce_seconds: 10,
             life,

@@ -5,6 +5,7 @@
 //!                             /coverage-<disk>      which bytes were served
 //!                             /ticket-<transfer uid>.json   0600: it holds the bearer secret
 //!   STATE/backups                                   locked by the one agent that works with it
+//!   STATE/orphans/<backup uid>.json                 the record of a failed backup whose VM was gone with its bitmaps
 //!   RUN/<backup uid>/          scratch images and the NBD socket, owned by the VM's QEMU
 //! ```
 //!
@@ -76,6 +77,7 @@ pub struct StateLock {
 #[derive(Clone, Debug)]
 pub struct StateDir {
     state: PathBuf,
+    orphans: PathBuf,
     run: PathBuf,
 }
 
@@ -85,9 +87,10 @@ impl StateDir {
     /// # Errors
     /// When they cannot be made.
     pub fn open(state: &Path, run: &Path) -> Result<Self, StateError> {
-        let dir = Self { state: state.join("backups"), run: run.to_owned() };
-        let made = Folder::make(state, Mode::RWXU).and_then(|folder| folder.make_folder("backups"));
-        made.map_err(io_error(&dir.state))?;
+        let dir = Self { state: state.join("backups"), orphans: state.join("orphans"), run: run.to_owned() };
+        let folder = Folder::make(state, Mode::RWXU).map_err(io_error(state))?;
+        folder.make_folder("backups").map_err(io_error(&dir.state))?;
+        folder.make_folder("orphans").map_err(io_error(&dir.orphans))?;
         let passable = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
         Folder::make(&dir.run, passable).map_err(io_error(&dir.run))?;
         Ok(dir)
@@ -298,6 +301,43 @@ impl StateDir {
     /// When something is there and cannot be removed.
     pub fn forget(&self, uid: &str) -> Result<(), StateError> {
         self.backups()?.remove(checked(uid)?).map_err(io_error(&self.state.join(uid)))
+    }
+
+    fn orphaned(&self) -> Result<Folder, StateError> {
+        Folder::open(&self.orphans).map_err(io_error(&self.orphans))
+    }
+
+    /// Keeps the record of a failed backup that had to leave bitmaps: its VM was gone from here.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn store_orphan(&self, record: &Record) -> Result<(), StateError> {
+        let name = format!("{}.json", checked(&record.uid)?);
+        let path = self.orphans.join(&name);
+        self.orphaned()?.write(&name, &json(&path, record)?).map_err(io_error(&path))
+    }
+
+    /// The records of failed backups that had to leave bitmaps. One that cannot be read, or believed, is left out.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn orphans(&self) -> Result<Vec<Record>, StateError> {
+        let folder = self.orphaned()?;
+        let names = folder.names().map_err(io_error(&self.orphans))?;
+        let records = names.iter().filter_map(|name| {
+            let record = read_json::<Record>(&folder, name).ok()??;
+            (*name == format!("{}.json", record.uid) && record.unsound().is_none()).then_some(record)
+        });
+        Ok(records.collect())
+    }
+
+    /// Forgets one whose bitmaps are removed.
+    ///
+    /// # Errors
+    /// When it is there and cannot be removed.
+    pub fn forget_orphan(&self, uid: &str) -> Result<(), StateError> {
+        let name = format!("{}.json", checked(uid)?);
+        self.orphaned()?.remove(&name).map_err(io_error(&self.orphans.join(&name)))
     }
 
     /// Uids of run folders that no record knows: a crash between the two left them.

@@ -28,6 +28,9 @@ pub struct Record {
     pub base: Option<Base>,
     /// The disks.
     pub disks: Vec<PlannedDisk>,
+    /// libvirt's number of the QEMU that it was prepared with; none before.
+    #[serde(default)]
+    pub qemu: Option<u32>,
     /// Whether to freeze the guest.
     pub quiesce: QuiesceMode,
     /// Seconds the guest agent is given.

@@ -48,6 +48,7 @@ fn record(uid: &str) -> Record {
         bitmap: None,
         base: None,
         disks: vec![],
+        qemu: None,
         quiesce: QuiesceMode::None,
         quiesce_seconds: 1,
         life: Life::default(),
@@ -85,6 +86,23 @@ fn a_record_that_leads_elsewhere_is_none() {
     }
     state.store(&Record { disks: vec![disk("vda", "/i")], ..good }).unwrap();
     assert_eq!(state.records().unwrap().0.len(), 1);
+}
+
+#[test]
+fn an_orphan_is_kept_until_it_is_forgotten_and_one_that_lies_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(&dir.path().join("s"), &dir.path().join("r")).unwrap();
+    let good = Record { bitmap: Some("virtmark-1".into()), ..record(ONE) };
+    state.store_orphan(&good).unwrap();
+    let orphans = dir.path().join("s/orphans");
+    fs::write(orphans.join("00000000-0000-4000-8000-000000000002.json"), serde_json::to_vec(&good).unwrap())
+        .unwrap();
+    fs::write(orphans.join("00000000-0000-4000-8000-000000000003.json"), "{").unwrap();
+    assert_eq!(state.orphans().unwrap(), [good]);
+    assert!(state.records().unwrap().0.is_empty(), "it is no backup that lives");
+    state.forget_orphan(ONE).unwrap();
+    state.forget_orphan(ONE).unwrap();
+    assert!(state.orphans().unwrap().is_empty());
 }
 
 #[test]

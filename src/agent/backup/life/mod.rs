@@ -131,6 +131,8 @@ pub struct Seen {
     pub active: bool,
     /// The job that runs on it is ours.
     pub our_job: bool,
+    /// It is another QEMU than the one that the backup was prepared with.
+    pub restarted: bool,
 }
 
 /// Thaws that fail this often end the trying: ten minutes, at one each ten seconds.
@@ -350,16 +352,18 @@ impl Life {
 
     /// Takes in what the world shows.
     pub fn observe(&mut self, seen: Seen, now: Timestamp) {
-        if !seen.active {
+        // however soon the VM was started again: the QEMU of this backup is gone
+        let lives = seen.active && !seen.restarted;
+        if !lives {
             self.held.frozen = false;
             self.held.job = false;
             self.deferred.retain(|(action, _)| *action != Action::Thaw);
         }
-        if seen.active && seen.our_job {
+        if lives && seen.our_job {
             self.meet_job(now);
         } else if self.outcome.is_none() && self.stage < Stage::Begun {
-            self.start_over(seen.active);
-        } else if self.outcome.is_none() && seen.active {
+            self.start_over(lives);
+        } else if self.outcome.is_none() && lives {
             let message = "libvirt's backup job ended although nobody asked Virtmark to end it";
             self.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
         } else if self.outcome.is_none() {
@@ -370,12 +374,12 @@ impl Life {
     }
 
     /// No job runs, and none was known to: what a lost call may have begun is begun anew.
-    fn start_over(&mut self, active: bool) {
+    fn start_over(&mut self, lives: bool) {
         if self.held.job {
             self.held.job = false;
             self.interrupted = true;
         }
-        if !active {
+        if !lives {
             // the VM may come back with other disks
             self.stage = Stage::New;
             self.based = false;

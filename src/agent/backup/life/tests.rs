@@ -21,6 +21,8 @@ struct Host {
     checkpoint: bool,
     base: bool,
     off: bool,
+    /// It was started again since the files were made.
+    restarted: bool,
 }
 
 /// How a call to the host goes.
@@ -40,6 +42,7 @@ enum Call {
 enum World {
     Nothing,
     PowerOff,
+    PowerCycle,
     JobVanishes,
     Cancel,
     Finalize,
@@ -62,6 +65,7 @@ fn world() -> impl Strategy<Value = World> {
     prop_oneof![
         8 => Just(World::Nothing),
         1 => Just(World::PowerOff),
+        1 => Just(World::PowerCycle),
         1 => Just(World::JobVanishes),
         1 => Just(World::Cancel),
         2 => Just(World::Finalize),
@@ -73,7 +77,10 @@ fn world() -> impl Strategy<Value = World> {
 impl Host {
     fn perform(&mut self, action: Action, from_base: bool) {
         match action {
-            Action::MakeFiles => self.files = true,
+            Action::MakeFiles => {
+                self.files = true;
+                self.restarted = false;
+            }
             Action::Redefine => self.base = true,
             Action::ForgetBase => self.base = false,
             Action::Freeze => self.frozen = !self.off,
@@ -92,7 +99,7 @@ impl Host {
     }
 
     fn seen(&self) -> Seen {
-        Seen { active: !self.off, our_job: self.job }
+        Seen { active: !self.off, our_job: self.job, restarted: self.restarted }
     }
 }
 
@@ -150,6 +157,9 @@ proptest! {
             match world {
                 World::Nothing => {}
                 World::PowerOff => host = Host { off: true, frozen: false, job: false, ..host },
+                World::PowerCycle => {
+                    host = Host { off: false, frozen: false, job: false, restarted: true, ..host };
+                }
                 World::JobVanishes => host.job = false,
                 World::Cancel => life.end(Outcome::Failed(because(Reason::Cancelled))),
                 World::Deadline => life.end(Outcome::Failed(because(Reason::ReadyDeadlineExceeded))),
@@ -180,7 +190,7 @@ proptest! {
             }
         }
         prop_assert!(life.is_ended(), "{life:?}");
-        let left = Host { off: host.off, ..Host::default() };
+        let left = Host { off: host.off, restarted: host.restarted, ..Host::default() };
         prop_assert_eq!(host, left);
     }
 
@@ -223,6 +233,21 @@ fn a_guest_without_agent_is_not_thawed() {
     assert_eq!(life.next(), Some(Action::Begin));
     assert_eq!(life.quiet, Quiet::Not("no agent".to_owned()));
     assert!(!life.held.frozen);
+}
+
+#[test]
+fn a_vm_that_was_started_again_at_once_was_stopped_all_the_same() {
+    let cycled = Seen { active: true, our_job: false, restarted: true };
+    let mut life = Life { stage: Stage::Begun, ..Life::default() };
+    life.held.job = true;
+    life.observe(cycled, at(1));
+    assert!(matches!(&life.outcome, Some(Outcome::Failed(why)) if why.reason == Reason::VmStopped));
+    assert!(!life.held.job);
+
+    let mut life = Life { stage: Stage::Quiesced, ..Life::default() };
+    life.held.frozen = true;
+    life.observe(cycled, at(1));
+    assert_eq!((life.stage, life.held.frozen, &life.outcome), (Stage::New, false, &None), "it starts over");
 }
 
 #[test]

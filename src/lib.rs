@@ -6,7 +6,7 @@
 //!  floor 2  decisions    controller::*::{resolve,desired,status}  agent::backup::{life,decide,status}
 //!                        imageio::{ticket,coverage,route}
 //!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml
-//!  floor 0  vocabulary   extent   reason   step
+//!  floor 0  vocabulary   extent   reason   step   outage
 //! ```
 //!
 //! A floor uses those below it, never one above: `tests/floors.rs` says who may import whom.
@@ -24,6 +24,7 @@ pub mod killpoint;
 #[cfg(feature = "agent")]
 pub mod libvirt;
 pub mod nbd;
+pub mod outage;
 pub mod reason;
 pub mod step;
 pub mod tables;

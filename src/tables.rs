@@ -1,10 +1,11 @@
-//! The tables of `docs/` that say what the code says: reasons and restarts, and in what the image server differs from
-//! ovirt-imageio. Pure: `generate` puts them in.
+//! The tables of `docs/` that say what the code says: reasons, restarts and outages, and in what the image server
+//! differs from ovirt-imageio. Pure: `generate` puts them in.
 
 use std::fmt::Write as _;
 
 use serde::Deserialize;
 
+use crate::outage::{self, End, Moment, Outage};
 use crate::reason::{Reason, Retry};
 use crate::step::Step;
 
@@ -14,7 +15,7 @@ const MARKS: (&str, &str) =
 
 /// Every table, by its page.
 pub fn all() -> Vec<(&'static str, String)> {
-    vec![("reasons", reasons()), ("restarts", restarts())]
+    vec![("reasons", reasons()), ("restarts", restarts()), ("outages", outages())]
 }
 
 fn reasons() -> String {
@@ -65,6 +66,22 @@ pub fn conformance(differences: &str) -> Result<String, serde_saphyr::Error> {
         let _ = writeln!(table, "| {what} (`{id}`) | {stock} | {ours} | {why} |");
     }
     Ok(table)
+}
+
+fn outages() -> String {
+    let heads: Vec<_> = Outage::ALL.iter().map(|outage| outage.words()).collect();
+    let mut table =
+        format!("| The backup is | {} |\n|{}\n", heads.join(" | "), "---|".repeat(heads.len() + 1));
+    for &moment in Moment::ALL {
+        let cells = Outage::ALL.iter().map(|&outage| match outage::end(moment, outage) {
+            End::Natural => moment.natural().to_owned(),
+            End::Waits(reason) => format!("waits `{reason}`, then {}", moment.natural()),
+            End::Fails(reason) => format!("Failed `{reason}`"),
+            End::Open => "see above".to_owned(),
+        });
+        let _ = writeln!(table, "| {} | {} |", moment.words(), cells.collect::<Vec<_>>().join(" | "));
+    }
+    table
 }
 
 /// `page` with `table` between its marks; `None` when it has none.

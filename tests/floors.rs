@@ -8,6 +8,10 @@ const NEVER: &[(&str, &[&str])] = &[
     ("extent.rs", &["crate::", "tokio", "kube", "serde_json", "std::fs", "std::net"]),
     ("reason.rs", &["crate::", "tokio", "kube", "std::fs", "std::net"]),
     ("step.rs", &["crate::", "tokio", "kube", "std::fs", "std::net"]),
+    (
+        "outage.rs",
+        &["crate::agent", "crate::controller", "crate::api", "tokio", "kube", "std::fs", "std::net"],
+    ),
     ("killpoint.rs", &["crate::agent", "crate::controller", "tokio", "kube"]),
     (
         "api",

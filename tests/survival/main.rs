@@ -15,6 +15,7 @@ mod incremental;
 mod kills;
 mod namespace;
 mod nodes;
+mod outages;
 mod readers;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]

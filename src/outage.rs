@@ -20,21 +20,12 @@ pub enum Outage {
     PoweredOff,
     /// The VM's QEMU is killed.
     QemuKilled,
-    /// The VM is undefined and powered off.
-    Vanished,
 }
 
 impl Outage {
     /// All of them.
-    pub const ALL: &[Self] = &[
-        Self::Libvirtd,
-        Self::Etcd,
-        Self::ApiServer,
-        Self::Undefined,
-        Self::PoweredOff,
-        Self::QemuKilled,
-        Self::Vanished,
-    ];
+    pub const ALL: &[Self] =
+        &[Self::Libvirtd, Self::Etcd, Self::ApiServer, Self::Undefined, Self::PoweredOff, Self::QemuKilled];
 
     /// In words.
     pub fn words(self) -> &'static str {
@@ -45,13 +36,12 @@ impl Outage {
             Self::Undefined => "the VM is undefined",
             Self::PoweredOff => "the VM is powered off",
             Self::QemuKilled => "QEMU is killed",
-            Self::Vanished => "the VM is undefined and off",
         }
     }
 
     /// Whether the VM has no QEMU any more.
     pub fn stops_the_vm(self) -> bool {
-        matches!(self, Self::PoweredOff | Self::QemuKilled | Self::Vanished)
+        matches!(self, Self::PoweredOff | Self::QemuKilled)
     }
 }
 
@@ -107,33 +97,28 @@ pub enum End {
     Waits(Reason),
     /// It fails, with this reason.
     Fails(Reason),
-    /// It depends on whether the VM is back in time: no test holds it.
-    Open,
 }
 
 /// What a backup that stands at `moment` comes to.
 pub fn end(moment: Moment, outage: Outage) -> End {
     match moment {
         Moment::VmOff => match outage {
-            Outage::Undefined | Outage::Vanished => End::Fails(Reason::VmNotFound),
+            Outage::Undefined => End::Fails(Reason::VmNotFound),
             _ => End::Natural,
         },
         Moment::Queued => match outage {
-            Outage::Vanished => End::Fails(Reason::VmNotFound),
             Outage::PoweredOff | Outage::QemuKilled => End::Waits(Reason::VmNotRunning),
             _ => End::Natural,
         },
         // libvirt 11.3 loses track of a job that it was killed in, and of nothing else
         Moment::Beginning if outage == Outage::Libvirtd => End::Waits(Reason::VmBusy),
         Moment::Bound | Moment::Frozen | Moment::Beginning => match outage {
-            Outage::Vanished => End::Fails(Reason::VmNotFound),
             Outage::PoweredOff | Outage::QemuKilled => End::Waits(Reason::VmNotRunning),
             _ => End::Natural,
         },
         Moment::Ready | Moment::Reading | Moment::Unread if outage.stops_the_vm() => {
             End::Fails(Reason::VmStopped)
         }
-        Moment::CheckpointHeld | Moment::CheckpointGoing if outage == Outage::Vanished => End::Open,
         _ => End::Natural,
     }
 }

@@ -77,7 +77,6 @@ fn outages() -> String {
             End::Natural => moment.natural().to_owned(),
             End::Waits(reason) => format!("waits `{reason}`, then {}", moment.natural()),
             End::Fails(reason) => format!("Failed `{reason}`"),
-            End::Open => "see above".to_owned(),
         });
         let _ = writeln!(table, "| {} | {} |", moment.words(), cells.collect::<Vec<_>>().join(" | "));
     }

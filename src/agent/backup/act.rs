@@ -333,7 +333,8 @@ impl Host {
     /// # Errors
     /// When one could not be removed, which keeps nobody from removing the others.
     pub fn remove_orphans(&self) -> Result<(), HostError> {
-        self.state.orphans()?.iter().fold(Ok(()), |sofar, record| sofar.and(self.remove_orphan(record)))
+        let removed: Vec<_> = self.state.orphans()?.iter().map(|record| self.remove_orphan(record)).collect();
+        removed.into_iter().collect()
     }
 
     fn remove_orphan(&self, record: &Record) -> Result<(), HostError> {
@@ -365,7 +366,7 @@ impl Host {
         self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
         // one qemu-img at a time: it takes the image's lock, and several checkpoints may go at once
         let _alone = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-         for (_, image) in disks {
+        for (_, image) in disks {
             let mut layer = image.clone().filter(|image| image.exists());
             while let Some(image) = layer {
                 let info = info_of(&image)?;

@@ -1,6 +1,7 @@
 //! Backups of this node: the life of one, what decides its end, what is done on the host, what is told.
 
 pub mod act;
+mod adopt;
 pub mod decide;
 pub mod life;
 pub mod reconcile;

@@ -9,17 +9,15 @@ use kube::runtime::controller::Action as Requeue;
 use kube::{Api, ResourceExt as _};
 
 use super::act::Job;
+use super::adopt::adopt;
 use super::decide::{self, Facts};
-use super::life::{Action, Held, Life, Outcome, Seen, Stage};
+use super::life::{Action, Life, Outcome, Seen, Stage};
 use super::scratch;
 use super::status::{self, Observed};
 use crate::agent::registry::Live;
-use crate::agent::state::{Base, PlannedDisk, Record};
+use crate::agent::state::Record;
 use crate::agent::{AgentError, Context};
-use crate::api::{
-    self, DesiredState, DiskMode, InvalidCheckpointPolicy, Phase, VmBackup, VmBackupStatus, VmCheckpoint,
-    conditions,
-};
+use crate::api::{self, DesiredState, Phase, VmBackup, VmBackupStatus, conditions};
 use crate::clock;
 use crate::cluster;
 use crate::killpoint;
@@ -502,64 +500,4 @@ fn requeue(backup: &VmBackup, live: &Live, record: &Record, gathered: &Gathered)
 fn until(due: Timestamp, now: Timestamp) -> Duration {
     let milliseconds = due.as_millisecond().saturating_sub(now.as_millisecond()).max(10);
     Duration::from_millis(u64::try_from(milliseconds).unwrap_or(10))
-}
-
-/// The record of a backup that was just bound. `None` when there is nothing to do for it here.
-async fn adopt(
-    backup: &VmBackup,
-    status: &VmBackupStatus,
-    context: &Context,
-) -> Result<Option<Arc<Live>>, AgentError> {
-    let (Some(uid), Some(namespace), Some(vm_uuid)) =
-        (backup.uid(), backup.namespace(), status.vm_uuid.clone())
-    else {
-        return Ok(None);
-    };
-    let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
-    let find = async |name: &Option<String>| -> Result<Option<VmCheckpoint>, AgentError> {
-        let Some(name) = name else { return Ok(None) };
-        let found = checkpoints.get_opt(name).await?;
-        if found.is_none() && backup.metadata.deletion_timestamp.is_none() && !status.phase.is_terminal() {
-            return Err(AgentError::NoCheckpoint(name.clone()));
-        }
-        Ok(found)
-    };
-    let bitmap = find(&status.to_checkpoint).await?.map(|checkpoint| checkpoint.spec.bitmap);
-    let base = find(&status.from_checkpoint).await?.map(|checkpoint| Base {
-        bitmap: checkpoint.spec.bitmap,
-        created: checkpoint.spec.creation_time.0.as_second(),
-        strict: backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail,
-    });
-    let quiesce = backup.spec.quiesce.clone().unwrap_or_default();
-    let disks = status.disks.iter().map(|disk| PlannedDisk {
-        target: disk.name.clone(),
-        size: disk.size.and_then(|size| u64::try_from(size).ok()).unwrap_or_default(),
-        image: None,
-        in_checkpoint: disk.in_checkpoint,
-        incremental: disk.mode == DiskMode::Incremental,
-        full_because: disk.mode_reason.map(|reason| (reason, disk.mode_message.clone())),
-    });
-    let mut life = Life { from_base: base.is_some(), ..Life::default() };
-    if matches!(status.phase, Phase::Ready | Phase::Finalizing) {
-        // never a second point in time: what was read of the first one is not known any more
-        let message = "this agent's record of it is lost: what was served is not known";
-        life.held =
-            Held { files: true, checkpoint: bitmap.is_some(), base: base.is_some(), ..Held::default() };
-        life.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
-    }
-    let record = Record {
-        uid: uid.clone(),
-        namespace,
-        name: backup.name_any(),
-        vm: backup.spec.vm.clone(),
-        vm_uuid,
-        bitmap,
-        base,
-        disks: disks.collect(),
-        qemu: None,
-        quiesce: quiesce.mode,
-        quiesce_seconds: quiesce.timeout_seconds,
-        life,
-    };
-    Ok(Some(context.registry.insert(&uid, Live::new(record))))
 }

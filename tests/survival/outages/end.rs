@@ -17,10 +17,10 @@ impl Cell {
                 if outage != Outage::Libvirtd {
                     self.phase(&name, "Initializing", Some(reason.as_str()))?;
                 }
-                self.start(outage)?;
+                self.start()?;
             }
             End::Fails(reason) => self.phase(&name, "Failed", Some(reason.as_str()))?,
-            End::Natural | End::Open => {}
+            End::Natural => {}
         }
         if self.vm.state().is_err() {
             // undefined while it was off
@@ -35,6 +35,11 @@ impl Cell {
         self.is_clean().context("after its end")?;
         let again = self.moment.natural() != "Succeeded" || matches!(expected, End::Fails(_));
         if again || self.moment == Moment::Succeeded {
+            self.until("the VM to be published as running", || {
+                let published = self.cluster.get("lvd", &self.vm.name)?;
+                let state = published["status"]["state"].as_str();
+                Ok((state == Some("Running") && published["spec"]["uuid"] == self.vm.uuid).then_some(()))
+            })?;
             let next = self.backup()?;
             self.succeed(&next).context("the next backup")?;
         }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use virtmark::killpoint::HOLD_VARIABLE;
-use virtmark::outage::{self, End, Moment, Outage};
+use virtmark::outage::{Moment, Outage};
 use virtmark_bed::{Bed, guest, wait_until};
 
 use self::cell::Cell;
@@ -30,8 +30,7 @@ fn an_outage_at_any_moment_of_a_backup_ends_as_the_table_says() -> Result<()> {
     let mut bed = Bed::from_env()?;
     let holds = tempfile::tempdir()?;
     let holding = holds.path().to_string_lossy().into_owned();
-    // what is held blocks a thread
-    let environment = [(HOLD_VARIABLE, holding.as_str()), ("TOKIO_WORKER_THREADS", "24")];
+    let environment = [(HOLD_VARIABLE, holding.as_str())];
     bed.agents[1].restart(&environment)?;
     bed.store()?;
     let mut cells = std::thread::scope(|scope| {
@@ -77,19 +76,15 @@ fn chosen() -> impl Iterator<Item = Moment> {
         .filter(move |moment| named.is_empty() || named.split(',').any(|name| name == format!("{moment:?}")))
 }
 
-fn is_held_by_a_test(moment: Moment, outage: Outage) -> bool {
-    outage::end(moment, outage) != End::Open
-}
-
 /// One outage, for backups in every moment.
 fn round(bed: &mut Bed, cells: &mut [Cell], outage: Outage) -> Result<()> {
-    let count = cells.iter().filter(|cell| is_held_by_a_test(cell.moment, outage)).count();
+    let count = cells.len();
     let all = || Barrier::new(count + 1);
     let gates = Gates { stand: all(), still: all(), struck: all(), hit: all(), over: all() };
     let ended: Vec<_> = std::thread::scope(|scope| {
         let gates = &gates;
-        let held = cells.iter_mut().filter(|cell| is_held_by_a_test(cell.moment, outage));
-        let running: Vec<_> = held.map(|cell| scope.spawn(move || through(cell, outage, gates))).collect();
+        let running: Vec<_> =
+            cells.iter_mut().map(|cell| scope.spawn(move || through(cell, outage, gates))).collect();
         gates.stand.wait();
         gates.still.wait();
         let inflicted = inflict(bed, outage, gates);
@@ -155,7 +150,7 @@ fn inflict(bed: &mut Bed, outage: Outage, gates: &Gates) -> Result<()> {
             bed.plane.apiserver.pause();
             None
         }
-        Outage::Undefined | Outage::PoweredOff | Outage::QemuKilled | Outage::Vanished => None,
+        Outage::Undefined | Outage::PoweredOff | Outage::QemuKilled => None,
     };
     gates.struck.wait();
     gates.hit.wait();
@@ -178,7 +173,7 @@ fn inflict(bed: &mut Bed, outage: Outage, gates: &Gates) -> Result<()> {
             bed.plane.apiserver.restart(&[])?;
             bed.plane.ready()
         }
-        Outage::Undefined | Outage::PoweredOff | Outage::QemuKilled | Outage::Vanished => Ok(()),
+        Outage::Undefined | Outage::PoweredOff | Outage::QemuKilled => Ok(()),
     }
 }
 

@@ -33,19 +33,9 @@ impl Cell {
         match outage {
             Outage::Libvirtd | Outage::Etcd | Outage::ApiServer => Ok(()),
             Outage::PoweredOff | Outage::QemuKilled if is_off => Ok(()),
-            Outage::Vanished if is_off => self.vm.undefine(),
             Outage::Undefined => self.asked(|vm| vm.undefine()),
             Outage::PoweredOff => self.asked(Vm::destroy),
             Outage::QemuKilled => self.vm.kill(),
-            // undefining waits for the begin, which would then be answered
-            Outage::Vanished if self.moment == Moment::Beginning => {
-                self.asked(Vm::destroy)?;
-                self.vm.undefine()
-            }
-            Outage::Vanished => {
-                self.asked(|vm| vm.undefine())?;
-                self.vm.destroy()
-            }
         }
     }
 
@@ -79,16 +69,13 @@ impl Cell {
         let waits = matches!(outage::end(self.moment, outage), End::Waits(_))
             || outage::end(self.moment, outage) == End::Fails(Reason::VmNotFound);
         if outage.stops_the_vm() && !waits && self.moment != Moment::VmOff {
-            self.start(outage)?;
+            self.start()?;
         }
         Ok(())
     }
 
     /// Starts the VM again, whatever of it is left.
-    pub(super) fn start(&self, outage: Outage) -> Result<()> {
-        if outage == Outage::Vanished {
-            self.vm.redefine()?;
-        }
+    pub(super) fn start(&self) -> Result<()> {
         self.vm.start().context("the VM cannot be started at once")?;
         ensure!(self.vm.state()? == "running", "the VM was started, and does not run");
         Ok(())

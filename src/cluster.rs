@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::object::HasStatus;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
@@ -18,16 +19,25 @@ use serde_json::json;
 use crate::api::{FINALIZER, OPERATOR};
 use crate::reason::{Because, Reason};
 
-/// Replaces the status of `object`, which holds the new one.
+/// Replaces the status of `object` by a new one.
 ///
 /// # Errors
-/// A conflict when the object changed meanwhile, or whatever the API server says.
-pub async fn replace_status<K>(api: &Api<K>, object: &K, manager: &str) -> Result<K, kube::Error>
+/// A conflict when the object changed since it was read, or whatever the API server says.
+pub async fn replace_status<K>(
+    api: &Api<K>,
+    object: &K,
+    status: K::Status,
+    manager: &str,
+) -> Result<K, kube::Error>
 where
-    K: Resource + Clone + Debug + Serialize + DeserializeOwned,
+    K: Resource + HasStatus + Clone + Debug + Serialize + DeserializeOwned,
 {
+    let mut object = object.clone();
+    // the API server knows them, and they are longer than all the rest
+    object.meta_mut().managed_fields = None;
+    *object.status_mut() = Some(status);
     let params = PostParams { field_manager: Some(manager.to_owned()), ..PostParams::default() };
-    api.replace_status(&object.name_any(), &params, object).await
+    api.replace_status(&object.name_any(), &params, &object).await
 }
 
 /// Whether `object` is what the API server has now. A watch is often behind our own last write: asking first

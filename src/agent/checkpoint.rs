@@ -65,10 +65,7 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
     tracing::info!(checkpoint = checkpoint.name_any(), vm = checkpoint.spec.vm, "{because}");
     let new = status(&checkpoint, &old, removed.is_ok(), &because);
     if new != old {
-        let mut object = (*checkpoint).clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(new);
-        cluster::replace_status(&api, &object, api::AGENT).await?;
+        cluster::replace_status(&api, &*checkpoint, new, api::AGENT).await?;
     }
     Ok(if removed.is_ok() { Requeue::await_change() } else { Requeue::requeue(AGAIN) })
 }

@@ -4,13 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
-use kube::api::ListParams;
 use kube::runtime::controller::Action as Requeue;
 use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
 use super::chain::{Chain, Place, is_usable, owner};
-use super::context::{Parting, is_host_clean, parting};
+use super::context::{Parting, is_host_clean, of_vm, parting};
 use super::domain::publish::node_of;
 use super::{Context, OperatorError};
 use crate::api::conditions::{self, Observation, Truth};
@@ -117,10 +116,7 @@ async fn write(
     new: VmCheckpointStatus,
 ) -> Result<(), OperatorError> {
     if new != *old {
-        let mut object = checkpoint.clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(new);
-        cluster::replace_status(api, &object, api::OPERATOR).await?;
+        cluster::replace_status(api, checkpoint, new, api::OPERATOR).await?;
     }
     Ok(())
 }
@@ -239,8 +235,7 @@ async fn remove_unfinished(
     let Some(uid) = checkpoint.labels().get(api::LABEL_BACKUP) else { return Ok(Requeue::await_change()) };
     let backups =
         Api::<VmBackup>::namespaced(context.client.clone(), &checkpoint.namespace().unwrap_or_default());
-    let of_vm = ListParams::default().fields(&format!("spec.vm={}", checkpoint.spec.vm));
-    let backups = backups.list(&of_vm).await?;
+    let backups = backups.list(&of_vm(&checkpoint.spec.vm)).await?;
     if !backups.iter().any(|backup| backup.uid().as_ref() == Some(uid) && may_be_bound(backup, checkpoint)) {
         cluster::delete(api, &checkpoint.name_any(), checkpoint.uid()).await?;
     }
@@ -259,8 +254,7 @@ fn may_be_bound(backup: &VmBackup, checkpoint: &VmCheckpoint) -> bool {
 async fn unfinished(checkpoint: &VmCheckpoint, context: &Context) -> Result<Option<String>, OperatorError> {
     let namespace = checkpoint.namespace().unwrap_or_default();
     let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
-    let of_vm = ListParams::default().fields(&format!("spec.vm={}", checkpoint.spec.vm));
-    let backups = backups.list(&of_vm).await?;
+    let backups = backups.list(&of_vm(&checkpoint.spec.vm)).await?;
     let unfinished = backups.iter().find(|backup| {
         backup.status.as_ref().is_some_and(|status| status.node_name.is_some() && !status.phase.is_terminal())
     });

@@ -8,6 +8,7 @@ use futures::channel::mpsc::UnboundedSender;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use kube::api::ListParams;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt as _};
 
@@ -54,6 +55,11 @@ impl OperatorError {
     pub fn is_not_found(&self) -> bool {
         self.status().is_some_and(|status| status.is_not_found())
     }
+}
+
+/// Selects the VmBackups, or VmCheckpoints, of the VM with this name.
+pub fn of_vm(vm: &str) -> ListParams {
+    ListParams::default().fields(&format!("spec.vm={vm}"))
 }
 
 /// What the reconcilers share.

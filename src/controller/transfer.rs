@@ -85,10 +85,7 @@ async fn replace(
     transfer: &ImageTransfer,
     new: ImageTransferStatus,
 ) -> Result<(), OperatorError> {
-    let mut object = transfer.clone();
-    object.metadata.managed_fields = None;
-    object.status = Some(new);
-    cluster::replace_status(api, &object, api::OPERATOR).await?;
+    cluster::replace_status(api, transfer, new, api::OPERATOR).await?;
     Ok(())
 }
 

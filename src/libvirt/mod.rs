@@ -198,7 +198,7 @@ impl Libvirt {
     /// When libvirt cannot be reached.
     pub fn job(&self, uuid: &str) -> Result<DomainJob, LibvirtError> {
         match self.domain(uuid).and_then(|domain| Ok(domain.job_info()?)) {
-            Ok(job) if job.r#type == 0 => Ok(DomainJob::None),
+            Ok(job) if u32::try_from(job.r#type) == Ok(virt::sys::VIR_DOMAIN_JOB_NONE) => Ok(DomainJob::None),
             Ok(_) => Ok(DomainJob::Runs),
             Err(error) if error.is_unreachable() => Err(error),
             Err(error) if error.is_busy() => Ok(DomainJob::Runs),

@@ -361,7 +361,7 @@ impl Host {
     ) -> Result<bool, HostError> {
         let Some(listed) = self.libvirt.lookup(vm_uuid)? else { return Ok(false) };
         if listed.state.is_active() {
-            return self.delete_live(vm_uuid, bitmap, disks);
+            return self.delete_live(vm_uuid, bitmap, disks).map(|()| true);
         }
         self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
         // one qemu-img at a time: it takes the image's lock, and several checkpoints may go at once
@@ -373,7 +373,7 @@ impl Host {
                 if info.has(bitmap) {
                     // a VM that was started meanwhile must find its images unlocked: ask as late as can be
                     if self.libvirt.qemu(vm_uuid)?.is_some() {
-                        return self.delete_live(vm_uuid, bitmap, disks);
+                        return self.delete_live(vm_uuid, bitmap, disks).map(|()| true);
                     }
                     let qcow2 = ["-f".as_ref(), "qcow2".as_ref(), image.as_ref(), bitmap.as_ref()];
                     qemu_img("bitmap", &[&["--remove".as_ref()], qcow2.as_slice()].concat())?;
@@ -390,7 +390,7 @@ impl Host {
         vm_uuid: &str,
         bitmap: &str,
         disks: &[(String, Option<PathBuf>)],
-    ) -> Result<bool, HostError> {
+    ) -> Result<(), HostError> {
         // disk by disk, and unseen: what is missing or broken in one disk is no matter of the others
         self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
         for (target, _) in disks {
@@ -401,7 +401,7 @@ impl Host {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(true)
+        Ok(())
     }
 }
 

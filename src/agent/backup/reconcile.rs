@@ -1,4 +1,4 @@
-//! Drives one VmBackup of this node: gather, decide, act, tell. The only I/O besides `act`.
+//! Drives one VmBackup of this node: gather, decide, act, tell. The only I/O besides `act` and `adopt`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -144,10 +144,8 @@ async fn seal(
 ) -> Result<VmBackup, AgentError> {
     let mut sealed = record.clone();
     sealed.life.end(Outcome::Succeeded);
-    let mut object = backup.clone();
-    object.metadata.managed_fields = None;
-    object.status = Some(describe(backup, old, live, &sealed, gathered, context)?);
-    Ok(cluster::replace_status(&api(backup, context), &object, api::AGENT).await?)
+    let new = describe(backup, old, live, &sealed, gathered, context)?;
+    Ok(cluster::replace_status(&api(backup, context), backup, new, api::AGENT).await?)
 }
 
 /// Thaws a guest that was left frozen, without its object: the API server may be away for long.
@@ -446,10 +444,7 @@ async fn write_status(
     }
     let phase = new.phase;
     if new != *old {
-        let mut object = backup.clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(new.clone());
-        cluster::replace_status(&api(backup, context), &object, api::AGENT).await?;
+        cluster::replace_status(&api(backup, context), backup, new.clone(), api::AGENT).await?;
         match phase {
             Phase::Ready => killpoint::reached(Step::ReadyWritten),
             phase if phase.is_terminal() => killpoint::reached(Step::TerminalWritten),
@@ -492,12 +487,7 @@ fn requeue(backup: &VmBackup, live: &Live, record: &Record, gathered: &Gathered)
     }
     let facts = gathered.facts(backup, live, &record.life);
     match decide::next_due(&backup.spec, &record.life, &facts) {
-        Some(due) => Requeue::requeue(until(due, facts.now).min(Duration::from_secs(30))),
+        Some(due) => Requeue::requeue(clock::until(due, facts.now).min(Duration::from_secs(30))),
         None => Requeue::requeue(AGAIN),
     }
-}
-
-fn until(due: Timestamp, now: Timestamp) -> Duration {
-    let milliseconds = due.as_millisecond().saturating_sub(now.as_millisecond()).max(10);
-    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(10))
 }

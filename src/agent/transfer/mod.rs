@@ -374,10 +374,7 @@ async fn write(
             // the newer one is on its way here
             return Ok(Requeue::requeue(SOON));
         }
-        let mut object = transfer.clone();
-        object.metadata.managed_fields = None;
-        object.status = Some(new.clone());
-        cluster::replace_status(&api, &object, api::AGENT).await?;
+        cluster::replace_status(&api, transfer, new.clone(), api::AGENT).await?;
         if new.phase != old.phase {
             let (backup, uid) =
                 (new.backup_uid.clone().unwrap_or_default(), transfer.uid().unwrap_or_default());

@@ -16,7 +16,7 @@ use kube::{Api, Resource as _, ResourceExt as _};
 
 use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
 use super::chain::{self, Chain, owner};
-use super::context::{Parting, is_host_clean, parting};
+use super::context::{Parting, is_host_clean, of_vm, parting};
 use super::{Context, OperatorError, checkpoint};
 use crate::api::{
     self, BackupType, FullReason, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup,
@@ -79,7 +79,7 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
 
     // from the look at the others until the bind, nobody else binds
     let _guard = context.binding.lock().await;
-    let of_vm = ListParams::default().fields(&format!("spec.vm={}", seen.spec.vm));
+    let of_vm = of_vm(&seen.spec.vm);
     let others = api.list(&of_vm).await?.items;
     let Some(backup) = others.iter().find(|other| other.uid() == seen.uid()).cloned() else {
         return Ok(Requeue::await_change());
@@ -112,7 +112,7 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
             // nobody tells when an agent comes back
             let again = if because.reason == Reason::AgentUnreachable { AGENT } else { SAFETY_NET };
             let due = resolve::start_deadline(&backup, now);
-            Ok(Requeue::requeue(until(due, now).min(again)))
+            Ok(Requeue::requeue(clock::until(due, now).min(again)))
         }
         Verdict::Fail(because) => {
             let new = status::failed(old, &because, true, generation, now);
@@ -271,7 +271,7 @@ async fn finish(
     };
     let due = ended.0.checked_add(SignedDuration::from_secs(ttl.into())).unwrap_or(Timestamp::MAX);
     if now < due {
-        return Ok(Requeue::requeue(until(due, now)));
+        return Ok(Requeue::requeue(clock::until(due, now)));
     }
     tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "deleted after ttlSecondsAfterFinished");
     cluster::delete(&api(backup, context), &backup.name_any(), backup.uid()).await?;
@@ -289,7 +289,7 @@ async fn settle(
     let namespace = backup.namespace().unwrap_or_default();
     if status.phase == Phase::Succeeded {
         let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
-        if let Some(mut domain) = domains.get_opt(&backup.spec.vm).await?
+        if let Some(domain) = domains.get_opt(&backup.spec.vm).await?
             && Some(&domain.spec.uuid) == status.vm_uuid.as_ref()
         {
             let mut new = domain.status.clone().unwrap_or_default();
@@ -298,9 +298,7 @@ async fn settle(
             {
                 new.last_backup = Some(backup.name_any());
                 new.last_backup_time.clone_from(&status.ready_time);
-                domain.status = Some(new);
-                domain.metadata.managed_fields = None;
-                cluster::replace_status(&domains, &domain, api::OPERATOR).await?;
+                cluster::replace_status(&domains, &domain, new, api::OPERATOR).await?;
             }
         }
     }
@@ -341,7 +339,7 @@ async fn remove_excess(
     let Some(most) = backup.spec.max_checkpoints.and_then(|most| usize::try_from(most).ok()) else {
         return Ok(());
     };
-    let of_vm = ListParams::default().fields(&format!("spec.vm={}", backup.spec.vm));
+    let of_vm = of_vm(&backup.spec.vm);
     let all = checkpoints.list(&of_vm).await?.items;
     let chain = Chain::of(&last.spec.vm_uuid, owner(last.labels()), &all);
     let others = api(backup, context).list(&of_vm).await?.items;
@@ -425,15 +423,7 @@ async fn replace(
     backup: &VmBackup,
     new: VmBackupStatus,
 ) -> Result<VmBackup, OperatorError> {
-    let mut object = backup.clone();
-    object.metadata.managed_fields = None;
-    object.status = Some(new);
-    Ok(cluster::replace_status(api, &object, api::OPERATOR).await?)
-}
-
-fn until(due: Timestamp, now: Timestamp) -> Duration {
-    let milliseconds = due.as_millisecond().saturating_sub(now.as_millisecond()).max(10);
-    Duration::from_millis(u64::try_from(milliseconds).unwrap_or(10))
+    Ok(cluster::replace_status(api, backup, new, api::OPERATOR).await?)
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use kube::{Api, ResourceExt as _};
 use self::publish::{Change, publish};
 use super::backup::resolve::NodeHealth;
 use super::{Context, OperatorError};
-use crate::api::{self, LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
+use crate::api::{self, LibvirtDomain, LibvirtDomainSpec};
 use crate::clock;
 use crate::cluster;
 use crate::reason::{Because, Reason};
@@ -49,7 +49,7 @@ pub async fn publish_all(
             }
             Change::Update { name, status } => {
                 let Some(known) = published.iter().find(|domain| domain.name_any() == name) else { continue };
-                write(&api, known.clone(), *status).await?;
+                cluster::replace_status(&api, known, *status, api::OPERATOR).await?;
                 name
             }
             Change::Create { name, uuid, status, taken } => {
@@ -74,23 +74,12 @@ pub async fn publish_all(
                         .tell(&created, false, "Publish", &Because::new(Reason::NameTaken, message))
                         .await;
                 }
-                write(&api, created, *status).await?;
+                cluster::replace_status(&api, &created, *status, api::OPERATOR).await?;
                 name
             }
         };
         tracing::info!(vm = name, "published");
         context.wake_vm(namespace, &name);
     }
-    Ok(())
-}
-
-async fn write(
-    api: &Api<LibvirtDomain>,
-    mut domain: LibvirtDomain,
-    status: LibvirtDomainStatus,
-) -> Result<(), OperatorError> {
-    domain.metadata.managed_fields = None;
-    domain.status = Some(status);
-    cluster::replace_status(api, &domain, api::OPERATOR).await?;
     Ok(())
 }

@@ -9,6 +9,11 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
 
+/// A healthy node, and nobody else.
+fn facts(domain: Option<&LibvirtDomain>, now: i64) -> Facts<'_> {
+    Facts { domain, others: &[], checkpoints: &[], node: NodeHealth::Up, agent_answers: true, now: at(now) }
+}
+
 fn backup(name: &str, created: i64, spec: serde_json::Value) -> VmBackup {
     let mut whole = json!({"vm": "db01", "startDeadlineSeconds": 100});
     for (key, value) in spec.as_object().unwrap() {
@@ -147,36 +152,15 @@ fn every_refusal_has_its_reason() {
     ];
     for (what, spec, state, node, now, expected) in table {
         let found = state.map(domain);
-        let facts = Facts {
-            domain: found.as_ref(),
-            others: &[],
-            checkpoints: &[],
-            node,
-            agent_answers: true,
-            now: at(now),
-        };
+        let facts = Facts { node, ..facts(found.as_ref(), now) };
         assert_eq!(says(&resolve(&backup("a", 0, spec), &facts)), expected, "{what}");
     }
-    let silent = Facts {
-        domain: Some(&running),
-        others: &[],
-        checkpoints: &[],
-        node: NodeHealth::Up,
-        agent_answers: false,
-        now: at(1),
-    };
+    let silent = Facts { agent_answers: false, ..facts(Some(&running), 1) };
     let verdict = resolve(&backup("a", 0, json!({})), &silent);
     assert_eq!(says(&verdict), ("wait", Some(Reason::AgentUnreachable)));
     let mut bare = running;
     bare.status.as_mut().unwrap().disks.retain(|disk| disk.backup == BackupSupport::Unsupported);
-    let facts = Facts {
-        domain: Some(&bare),
-        others: &[],
-        checkpoints: &[],
-        node: NodeHealth::Up,
-        agent_answers: true,
-        now: at(1),
-    };
+    let facts = facts(Some(&bare), 1);
     let verdict = resolve(&backup("a", 0, json!({})), &facts);
     assert_eq!(says(&verdict), ("fail", Some(Reason::DiskNotSupported)), "no disk at all");
 }
@@ -184,14 +168,7 @@ fn every_refusal_has_its_reason() {
 #[test]
 fn takes_every_disk_that_can_be_backed_up_in_the_domains_order() {
     let domain = domain(DomainState::Running);
-    let facts = Facts {
-        domain: Some(&domain),
-        others: &[],
-        checkpoints: &[],
-        node: NodeHealth::Up,
-        agent_answers: true,
-        now: at(1),
-    };
+    let facts = facts(Some(&domain), 1);
     let names = |spec| match resolve(&backup("a", 0, spec), &facts) {
         Verdict::Bind(binding) => {
             let bitmaps: Vec<_> = binding.in_checkpoint.iter().map(|disk| disk.target.clone()).collect();
@@ -221,17 +198,7 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
     for (what, other, waits) in cases {
         let verdict = |backup: &VmBackup, other: &VmBackup| {
             let others = [other.clone(), backup.clone()];
-            resolve(
-                backup,
-                &Facts {
-                    domain: Some(&domain),
-                    others: &others,
-                    checkpoints: &[],
-                    node: NodeHealth::Up,
-                    agent_answers: true,
-                    now: at(20),
-                },
-            )
+            resolve(backup, &Facts { others: &others, ..facts(Some(&domain), 20) })
         };
         let mine = verdict(&new("a", 2), &other);
         assert_eq!(matches!(mine, Verdict::Wait(_)), waits, "{what}: {mine:?}");
@@ -242,14 +209,7 @@ fn one_unfinished_backup_a_vm_and_never_two_that_wait_for_each_other() {
     let (a, b) = (new("a", 2), new("b", 2));
     let waits = |one: &VmBackup, other: &VmBackup| {
         let others = [other.clone()];
-        let facts = Facts {
-            domain: Some(&domain),
-            others: &others,
-            checkpoints: &[],
-            node: NodeHealth::Up,
-            agent_answers: true,
-            now: at(3),
-        };
+        let facts = Facts { others: &others, ..facts(Some(&domain), 3) };
         matches!(resolve(one, &facts), Verdict::Wait(_))
     };
     assert!(waits(&a, &b) != waits(&b, &a), "of two of the same second exactly one waits");

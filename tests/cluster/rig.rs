@@ -26,7 +26,12 @@ pub struct Rig {
 impl Rig {
     /// A VM that runs, with these disks.
     pub fn running(name: &str, disks: impl IntoIterator<Item = Disk>) -> Result<Self> {
-        let rig = Self::off(name, disks)?;
+        Self::running_on(0, name, disks)
+    }
+
+    /// A VM that runs, on the hypervisor with this index.
+    pub fn running_on(index: usize, name: &str, disks: impl IntoIterator<Item = Disk>) -> Result<Self> {
+        let rig = Self::off_on(index, name, disks)?;
         rig.vm.start()?;
         rig.published("Running")?;
         Ok(rig)

@@ -45,15 +45,8 @@ impl Drop for Rogue {
 #[test]
 fn backups_of_one_vm_applied_at_once_run_one_after_the_other() -> Result<()> {
     let _alone = super::alone();
-    let rigs = VMS
-        .map(|name| -> Result<Rig> {
-            let rig = Rig::off_on(1, name, [Disk::qcow2("vda", 8 * MIB)])?;
-            rig.vm.start()?;
-            rig.published("Running")?;
-            Ok(rig)
-        })
-        .into_iter()
-        .collect::<Result<Vec<_>>>()?;
+    let rigs = VMS.map(|name| Rig::running_on(1, name, [Disk::qcow2("vda", 8 * MIB)]));
+    let rigs = rigs.into_iter().collect::<Result<Vec<_>>>()?;
     let rig = rigs.first().context("no VM")?;
     let history = History::watch(&rig.bed)?;
     let mut pairs = 0;
@@ -170,9 +163,7 @@ fn jobs_took_turns(log: &str, uids: &BTreeMap<String, Value>) -> Result<()> {
 #[test]
 fn a_job_of_somebody_else_and_a_backup_bound_twice_are_waited_for() -> Result<()> {
     let _alone = super::alone();
-    let rig = Rig::off_on(1, "foreign", [Disk::qcow2("vda", 8 * MIB)])?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let rig = Rig::running_on(1, "foreign", [Disk::qcow2("vda", 8 * MIB)])?;
     let history = History::watch(&rig.bed)?;
     let node = rig.vm.hypervisor();
     let job = rig.files.path().join("job.xml");

@@ -63,9 +63,7 @@ const NAME: &str = "deleted";
 #[test]
 fn a_backup_deleted_at_any_phase_in_any_way_leaves_nothing() -> Result<()> {
     let _alone = super::alone();
-    let mut rig = Rig::off_on(1, NAME, [Disk::qcow2("vda", 64 * MIB)])?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let mut rig = Rig::running_on(1, NAME, [Disk::qcow2("vda", 64 * MIB)])?;
     rig.vm.write("vda", 0, 48 * MIB, 0x11)?;
     let history = History::watch(&rig.bed)?;
     for (at, way) in CASES {

@@ -23,9 +23,7 @@ impl Drop for Ends {
 #[test]
 fn a_second_agent_on_a_node_waits_for_the_end_of_the_first() -> Result<()> {
     let _alone = super::alone();
-    let mut rig = Rig::off_on(1, "agents", [Disk::qcow2("vda", 8 * MIB)])?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let mut rig = Rig::running_on(1, "agents", [Disk::qcow2("vda", 8 * MIB)])?;
     rig.vm.write("vda", 0, MIB, 0x44)?;
     let history = History::watch(&rig.bed)?;
     rig.backup("agents-1", json!({}))?;
@@ -78,9 +76,7 @@ fn a_second_agent_on_a_node_waits_for_the_end_of_the_first() -> Result<()> {
 #[test]
 fn a_backup_bound_to_a_vm_never_works_on_another_of_its_name() -> Result<()> {
     let _alone = super::alone();
-    let mut rig = Rig::off_on(1, "renewed", [Disk::qcow2("vda", 8 * MIB)])?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let mut rig = Rig::running_on(1, "renewed", [Disk::qcow2("vda", 8 * MIB)])?;
     let history = History::watch(&rig.bed)?;
     // bound, and not seen by its agent yet
     rig.bed.agents[1].pause();
@@ -134,9 +130,7 @@ fn a_backup_bound_to_a_vm_never_works_on_another_of_its_name() -> Result<()> {
 #[test]
 fn a_backup_whose_record_and_job_are_lost_is_not_begun_again() -> Result<()> {
     let _alone = super::alone();
-    let mut rig = Rig::off_on(1, "forgotten", [Disk::qcow2("vda", 8 * MIB)])?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let mut rig = Rig::running_on(1, "forgotten", [Disk::qcow2("vda", 8 * MIB)])?;
     let history = History::watch(&rig.bed)?;
     rig.backup("forgotten-1", json!({"quiesce": {"mode": "None"}}))?;
     rig.phase("vmbackup", "forgotten-1", "Ready")?;

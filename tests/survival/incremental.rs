@@ -10,9 +10,7 @@ use super::rig::{MIB, Rig};
 #[test]
 fn a_chain_goes_on_over_restarts_of_libvirt_and_of_the_vm() -> Result<()> {
     let _alone = super::alone();
-    let rig = Rig::off_on(1, "restarted", ["vda", "vdb"].map(|target| Disk::qcow2(target, 16 * MIB)))?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let rig = Rig::running_on(1, "restarted", ["vda", "vdb"].map(|target| Disk::qcow2(target, 16 * MIB)))?;
     let chain = Chain::of(&rig, "restarted");
     rig.vm.write("vda", 0, 8 * MIB, 0x11)?;
     chain.take("restarted-0", json!({}), || Ok(()))?;

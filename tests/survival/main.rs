@@ -15,6 +15,9 @@ mod incremental;
 mod kills;
 mod namespace;
 mod nodes;
+#[path = "../cluster/objects.rs"]
+#[allow(dead_code, reason = "the truth tests use the rest")]
+mod objects;
 mod outages;
 mod readers;
 #[path = "../cluster/rig.rs"]

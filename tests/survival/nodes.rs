@@ -21,10 +21,7 @@ fn restart(rig: &mut Rig, environment: &[(&str, &str)]) -> Result<()> {
 }
 
 fn running(name: &str) -> Result<Rig> {
-    let rig = Rig::off_on(1, name, small())?;
-    rig.vm.start()?;
-    rig.published("Running")?;
-    Ok(rig)
+    Rig::running_on(1, name, small())
 }
 
 fn stands_still(daemon: &Daemon) -> Result<()> {

@@ -14,9 +14,7 @@ use super::rig::{BOUND, MIB, Rig, Ticket, small};
 #[test]
 fn a_reader_goes_on_with_its_ticket_and_coverage_claims_no_more_than_was_served() -> Result<()> {
     let _alone = super::alone();
-    let mut rig = Rig::off_on(1, "reader", small())?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let mut rig = Rig::running_on(1, "reader", small())?;
     rig.vm.write("vda", 0, 48 * MIB, 0x11)?;
     for (number, until) in [(1, 1), (2, 24 * MIB)] {
         let name = format!("reader-{number}");

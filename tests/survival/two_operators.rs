@@ -94,9 +94,7 @@ impl Drop for Pair {
 fn a_leader_that_stood_still_past_its_lease_does_nothing_twice() -> Result<()> {
     let _alone = super::alone();
     let disks = ["vda", "vdb"].map(|target| Disk::qcow2(target, 32 * MIB));
-    let rig = Rig::off_on(1, "twice", disks)?;
-    rig.vm.start()?;
-    rig.published("Running")?;
+    let rig = Rig::running_on(1, "twice", disks)?;
     let history = History::watch(&rig.bed)?;
     let mut pair = Pair::of(rig)?;
     for (number, (step, meanwhile)) in (1_u8..).zip(CASES) {

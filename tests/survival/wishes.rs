@@ -20,15 +20,9 @@ const ROUNDS: usize = 4;
 #[test]
 fn what_stands_in_the_spec_is_what_came_of_it() -> Result<()> {
     let _alone = super::alone();
-    let mut rigs = ["torn-a", "torn-b", "torn-c"]
-        .map(|name| -> Result<Rig> {
-            let rig = Rig::off_on(1, name, [Disk::qcow2("vda", 8 * MIB)])?;
-            rig.vm.start()?;
-            rig.published("Running")?;
-            Ok(rig)
-        })
-        .into_iter()
-        .collect::<Result<Vec<_>>>()?;
+    let rigs =
+        ["torn-a", "torn-b", "torn-c"].map(|name| Rig::running_on(1, name, [Disk::qcow2("vda", 8 * MIB)]));
+    let mut rigs = rigs.into_iter().collect::<Result<Vec<_>>>()?;
     let history = History::watch(&rigs.first().context("none")?.bed)?;
     let history = &history;
     let mut ends = Vec::new();

@@ -3,18 +3,20 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use base64ct::{Base64, Encoding as _};
+use kube::Resource;
 use serde_json::{Value, json};
+use virtmark::api::{ImageTransfer, VmBackup, VmCheckpoint};
 use virtmark::outage::Moment;
 use virtmark_bed::guest;
 use virtmark_bed::ledger::Process;
 use virtmark_bed::{Bed, Disk, Plan, Vm, compare};
 
+use super::super::objects::Objects;
 use super::super::rig::{MIB, Ticket};
-use super::cluster::Cluster;
 
 /// Long enough for a loaded machine, and for the pauses of those that try again.
 pub(super) const BOUND: Duration = Duration::from_secs(90);
@@ -27,7 +29,7 @@ pub struct Cell {
     pub moment: Moment,
     pub vm: Vm,
     pub(super) disk: &'static str,
-    pub(super) cluster: Cluster,
+    pub(super) objects: Arc<Objects>,
     pub(super) holds: PathBuf,
     pub(super) files: tempfile::TempDir,
     pub(super) made: Vec<String>,
@@ -38,7 +40,7 @@ pub struct Cell {
 }
 
 impl Cell {
-    pub fn new(moment: Moment, bed: &Bed, holds: &Path) -> Result<Self> {
+    pub fn new(moment: Moment, bed: &Bed, objects: Arc<Objects>, holds: &Path) -> Result<Self> {
         let name = format!("outage-{moment:?}").to_lowercase();
         let hypervisor = &bed.hypervisors[1];
         let size = if moment == Moment::Reading { 48 } else { 8 };
@@ -53,7 +55,7 @@ impl Cell {
             moment,
             vm,
             disk,
-            cluster: Cluster::of(bed)?,
+            objects,
             holds: holds.to_owned(),
             files: tempfile::tempdir()?,
             made: Vec::new(),
@@ -78,7 +80,7 @@ impl Cell {
         self.vm.remember(self.disk)?;
         self.made.push(name.clone());
         let spec = json!({"vm": self.vm.name, "disks": [self.disk], "quiesce": {"mode": mode}});
-        self.cluster.backup(&name, spec)?;
+        self.objects.create::<VmBackup>(&name, &json!({}), &spec)?;
         Ok(name)
     }
 
@@ -102,7 +104,7 @@ impl Cell {
     pub(super) fn phase(&self, name: &str, phase: &str, reason: Option<&str>) -> Result<()> {
         let mut last = Value::Null;
         let found = self.until(&format!("{name} to be {phase} {reason:?}"), || {
-            last = self.cluster.get("vmbackup", name)?["status"].clone();
+            last = self.objects.get::<VmBackup>(name)?["status"].clone();
             let (now, why) = (last["phase"].as_str().unwrap_or_default(), ready(&last));
             if now == phase && reason.is_none_or(|reason| why["reason"] == reason) {
                 return Ok(Some(()));
@@ -115,29 +117,22 @@ impl Cell {
         found.with_context(|| format!("its status: {last}"))
     }
 
-    pub(super) fn gone(&self, kind: &str, name: &str) -> Result<()> {
+    pub(super) fn gone<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
+        let kind = K::kind(&());
         self.until(&format!("{kind} {name} to go"), || {
-            Ok(self.cluster.get(kind, name)?.is_null().then_some(()))
+            Ok(self.objects.get::<K>(name)?.is_null().then_some(()))
         })
-        .with_context(|| format!("{:?}", self.cluster.get(kind, name)))
+        .with_context(|| format!("{:?}", self.objects.get::<K>(name)))
     }
 
     pub(super) fn ticket(&self, backup: &str) -> Result<Ticket> {
         let transfer = format!("{backup}-{}", self.disk);
         let name = self.until(&format!("{transfer} to be Ready"), || {
-            let status = self.cluster.get("imagetransfer", &transfer)?["status"].clone();
+            let status = self.objects.get::<ImageTransfer>(&transfer)?["status"].clone();
             let is_ready = status["phase"] == "Ready";
             Ok(status["ticketSecret"].as_str().filter(|_| is_ready).map(str::to_owned))
         })?;
-        let secret = self.cluster.get("secret", &name)?;
-        let text = |key: &str| -> Result<String> {
-            let encoded = secret["data"][key].as_str().with_context(|| format!("the Secret has no {key}"))?;
-            let bytes = Base64::decode_vec(encoded).map_err(|error| anyhow::anyhow!("{key}: {error}"))?;
-            Ok(String::from_utf8(bytes)?)
-        };
-        let ca = self.files.path().join("ca.pem");
-        fs::write(&ca, text("ca.crt")?)?;
-        Ok(Ticket { url: text("url")?, unix_socket: text("unixSocket")?.into(), ca, secret: name })
+        self.objects.secret(&name, self.files.path())
     }
 
     pub(super) fn remembered(&self) -> PathBuf {
@@ -158,7 +153,7 @@ impl Cell {
     pub(super) fn succeed(&self, backup: &str) -> Result<()> {
         self.phase(backup, "Ready", None)?;
         self.read(backup)?;
-        self.cluster.state("vmbackup", backup, "Finalized")?;
+        self.objects.state::<VmBackup>(backup, "Finalized")?;
         self.phase(backup, "Succeeded", None)
     }
 
@@ -166,12 +161,12 @@ impl Cell {
     pub(super) fn cancel(&self) -> Result<()> {
         let name = self.last()?;
         self.phase(name, "Ready", None)?;
-        self.cluster.state("vmbackup", name, "Cancelled")?;
+        self.objects.state::<VmBackup>(name, "Cancelled")?;
         self.phase(name, "Failed", Some("Cancelled"))
     }
 
     pub(super) fn checkpoint(&self, backup: &str) -> Result<String> {
-        let status = self.cluster.get("vmbackup", backup)?["status"].clone();
+        let status = self.objects.get::<VmBackup>(backup)?["status"].clone();
         Ok(status["toCheckpoint"].as_str().context("no toCheckpoint")?.to_owned())
     }
 
@@ -201,12 +196,12 @@ impl Drop for Cell {
             let _ = curl.wait();
         }
         for name in &self.made {
-            let _ = self.cluster.delete("vmbackup", name);
+            let _ = self.objects.delete::<VmBackup>(name);
         }
-        for checkpoint in self.cluster.list("vmcheckpoint").unwrap_or_default() {
+        for checkpoint in self.objects.list::<VmCheckpoint>().unwrap_or_default() {
             if checkpoint["spec"]["vm"] == self.vm.name.as_str() {
                 let name = checkpoint["metadata"]["name"].as_str().unwrap_or_default();
-                let _ = self.cluster.delete("vmcheckpoint", name);
+                let _ = self.objects.delete::<VmCheckpoint>(name);
             }
         }
     }

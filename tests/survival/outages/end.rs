@@ -1,7 +1,9 @@
 //! What it comes to: the end that the table names, nothing left, and a next backup that is right.
 
 use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::core::v1::Secret;
 use serde_json::Value;
+use virtmark::api::{ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
 use virtmark::outage::{self, End, Moment, Outage};
 use virtmark_bed::compare;
 
@@ -36,7 +38,7 @@ impl Cell {
         let again = self.moment.natural() != "Succeeded" || matches!(expected, End::Fails(_));
         if again || self.moment == Moment::Succeeded {
             self.until("the VM to be published as running", || {
-                let published = self.cluster.get("lvd", &self.vm.name)?;
+                let published = self.objects.get::<LibvirtDomain>(&self.vm.name)?;
                 let state = published["status"]["state"].as_str();
                 Ok((state == Some("Running") && published["spec"]["uuid"] == self.vm.uuid).then_some(()))
             })?;
@@ -67,7 +69,7 @@ impl Cell {
                 let (mut curl, image) = self.reader.take().context("no reader")?;
                 ensure!(curl.wait()?.success(), "the reader was disturbed");
                 compare(&self.remembered(), &image, "raw")?;
-                self.cluster.state("vmbackup", name, "Finalized")?;
+                self.objects.state::<VmBackup>(name, "Finalized")?;
                 self.phase(name, "Succeeded", None)
             }
             Moment::Unread => {
@@ -78,16 +80,16 @@ impl Cell {
                 self.phase(name, "Succeeded", None)
             }
             Moment::Failing | Moment::Failed => self.phase(name, "Failed", Some("Cancelled")),
-            Moment::Deleting => self.gone("vmbackup", name),
+            Moment::Deleting => self.gone::<VmBackup>(name),
             Moment::CheckpointHeld => {
                 let first = self.made[self.made.len() - 2].clone();
                 match outage.stops_the_vm() {
                     true => self.phase(name, "Failed", Some("VmStopped"))?,
                     false => self.succeed(name)?,
                 }
-                self.gone("vmcheckpoint", &self.checkpoint(&first)?)
+                self.gone::<VmCheckpoint>(&self.checkpoint(&first)?)
             }
-            Moment::CheckpointGoing => self.gone("vmcheckpoint", &self.checkpoint(name)?),
+            Moment::CheckpointGoing => self.gone::<VmCheckpoint>(&self.checkpoint(name)?),
         }
     }
 
@@ -121,14 +123,18 @@ impl Cell {
                 .as_str()
                 .is_some_and(|name| self.made.iter().any(|made| name.starts_with(made)))
         };
-        for kind in ["vmbackup", "imagetransfer", "vmcheckpoint"] {
-            let objects = self.cluster.list(kind)?;
+        let all = [
+            ("vmbackup", self.objects.list::<VmBackup>()?),
+            ("imagetransfer", self.objects.list::<ImageTransfer>()?),
+            ("vmcheckpoint", self.objects.list::<VmCheckpoint>()?),
+        ];
+        for (kind, objects) in all {
             let going = |object: &&Value| !object["metadata"]["deletionTimestamp"].is_null();
             if let Some(object) = objects.iter().filter(|object| ours(object)).find(going) {
                 return Ok(format!("{kind} {} does not go", object["metadata"]["name"]));
             }
         }
-        for backup in self.cluster.list("vmbackup")?.iter().filter(|object| ours(object)) {
+        for backup in self.objects.list::<VmBackup>()?.iter().filter(|object| ours(object)) {
             let uid = backup["metadata"]["uid"].as_str().unwrap_or_default();
             for folder in ["run", "state/backups"] {
                 let path = node.dir.join("agent").join(folder).join(uid);
@@ -137,16 +143,16 @@ impl Cell {
                 }
             }
         }
-        let mut owners = self.cluster.list("imagetransfer")?;
+        let mut owners = self.objects.list::<ImageTransfer>()?;
         owners.retain(|object| ours(object));
-        for secret in self.cluster.list("secret")? {
+        for secret in self.objects.list::<Secret>()? {
             let owner = &secret["metadata"]["ownerReferences"][0]["uid"];
             if owners.iter().any(|transfer| transfer["metadata"]["uid"] == *owner) {
                 return Ok(format!("Secret {} is left", secret["metadata"]["name"]));
             }
         }
         let mut named = Vec::new();
-        for checkpoint in self.cluster.list("vmcheckpoint")?.iter().filter(|object| ours(object)) {
+        for checkpoint in self.objects.list::<VmCheckpoint>()?.iter().filter(|object| ours(object)) {
             let conditions = checkpoint["status"]["conditions"].as_array().cloned().unwrap_or_default();
             if !conditions.iter().any(|c| c["type"] == "Usable" && c["status"] == "True") {
                 return Ok(format!("checkpoint {} is not usable", checkpoint["metadata"]["name"]));
@@ -159,22 +165,22 @@ impl Cell {
 
     /// Deletes all that was made: then no bitmap is left at all.
     pub(super) fn clear(&mut self) -> Result<()> {
-        let checkpoints = self.cluster.list("vmcheckpoint")?;
+        let checkpoints = self.objects.list::<VmCheckpoint>()?;
         let of_vm = checkpoints.iter().filter(|checkpoint| checkpoint["spec"]["vm"] == self.vm.name.as_str());
         let names: Vec<_> = of_vm
             .filter_map(|checkpoint| checkpoint["metadata"]["name"].as_str().map(str::to_owned))
             .collect();
         for name in &self.made {
-            self.cluster.delete("vmbackup", name)?;
+            self.objects.delete::<VmBackup>(name)?;
         }
         for name in &names {
-            self.cluster.delete("vmcheckpoint", name)?;
+            self.objects.delete::<VmCheckpoint>(name)?;
         }
         for name in std::mem::take(&mut self.made) {
-            self.gone("vmbackup", &name)?;
+            self.gone::<VmBackup>(&name)?;
         }
         for name in names {
-            self.gone("vmcheckpoint", &name)?;
+            self.gone::<VmCheckpoint>(&name)?;
         }
         let bitmaps = self.bitmaps()?;
         ensure!(bitmaps.is_empty(), "bitmaps of deleted checkpoints are left: {bitmaps:?}");

@@ -5,12 +5,11 @@
 //! the short ones.
 
 mod cell;
-mod cluster;
 mod end;
 mod stand;
 mod strike;
 
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,6 +18,10 @@ use virtmark::outage::{Moment, Outage};
 use virtmark_bed::{Bed, guest, wait_until};
 
 use self::cell::Cell;
+use super::objects::Objects;
+
+/// How long an API server that has just been away may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long the API server hangs, and how long it is gone then.
 const HANGS: Duration = Duration::from_secs(15);
@@ -28,6 +31,7 @@ const GONE: Duration = Duration::from_secs(46);
 fn an_outage_at_any_moment_of_a_backup_ends_as_the_table_says() -> Result<()> {
     let _alone = super::alone();
     let mut bed = Bed::from_env()?;
+    let objects = Arc::new(Objects::of(&bed)?.patient(PATIENCE));
     let holds = tempfile::tempdir()?;
     let holding = holds.path().to_string_lossy().into_owned();
     let environment = [(HOLD_VARIABLE, holding.as_str())];
@@ -37,8 +41,8 @@ fn an_outage_at_any_moment_of_a_backup_ends_as_the_table_says() -> Result<()> {
         let new = |moment| {
             scope.spawn({
                 let bed = &bed;
-                let holds = holds.path();
-                move || Cell::new(moment, bed, holds)
+                let (holds, objects) = (holds.path(), Arc::clone(&objects));
+                move || Cell::new(moment, bed, objects, holds)
             })
         };
         let started: Vec<_> = chosen().map(new).collect();

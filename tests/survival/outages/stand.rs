@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
+use virtmark::api::{LibvirtDomain, VmBackup, VmCheckpoint};
 use virtmark::outage::{Moment, Outage};
 use virtmark::step::Step;
 use virtmark_bed::{guest, wait_until};
@@ -21,7 +22,7 @@ impl Cell {
                     self.vm.destroy()?;
                 }
                 self.until("the VM to be published as off", || {
-                    let state = self.cluster.get("lvd", &self.vm.name)?["status"]["state"].clone();
+                    let state = self.objects.get::<LibvirtDomain>(&self.vm.name)?["status"]["state"].clone();
                     Ok((state == "Off").then_some(()))
                 })?;
                 let name = self.backup()?;
@@ -34,7 +35,7 @@ impl Cell {
                 let second = format!("{}-{}", self.vm.name, self.count);
                 self.made.push(second.clone());
                 let spec = json!({"vm": self.vm.name, "quiesce": {"mode": "None"}});
-                self.cluster.backup(&second, spec)?;
+                self.objects.create::<VmBackup>(&second, &json!({}), &spec)?;
                 self.phase(&second, "Initializing", Some("BackupAlreadyRunning"))
             }
             Moment::Bound => {
@@ -61,7 +62,7 @@ impl Cell {
                     self.start_reading(&name, outage)?;
                 }
                 if self.moment == Moment::Unread {
-                    self.cluster.state("vmbackup", &name, "Finalized")?;
+                    self.objects.state::<VmBackup>(&name, "Finalized")?;
                     self.phase(&name, "Ready", Some("TransfersIncomplete"))?;
                 }
                 Ok(())
@@ -76,21 +77,21 @@ impl Cell {
                 self.phase(&name, "Ready", None)?;
                 self.read(&name)?;
                 self.hold(step, &name)?;
-                self.cluster.state("vmbackup", &name, "Finalized")?;
+                self.objects.state::<VmBackup>(&name, "Finalized")?;
                 self.is_held()
             }
             Moment::Failing => {
                 let name = self.backup()?;
                 self.phase(&name, "Ready", None)?;
                 self.hold(Step::JobAborted, &name)?;
-                self.cluster.state("vmbackup", &name, "Cancelled")?;
+                self.objects.state::<VmBackup>(&name, "Cancelled")?;
                 self.is_held()
             }
             Moment::Deleting => {
                 let name = self.backup()?;
                 self.phase(&name, "Ready", None)?;
                 self.hold(Step::CheckpointRemoved, &name)?;
-                self.cluster.delete("vmbackup", &name)?;
+                self.objects.delete::<VmBackup>(&name)?;
                 self.is_held()
             }
             Moment::Succeeded => {
@@ -141,7 +142,7 @@ impl Cell {
                     }
                     // somebody else's question was first
                     self.release()?;
-                    self.cluster.state("vmbackup", &name, "Cancelled")?;
+                    self.objects.state::<VmBackup>(&name, "Cancelled")?;
                     self.phase(&name, "Failed", Some("Cancelled"))?;
                 }
                 bail!("no begin was ever in libvirt's hands")
@@ -172,9 +173,9 @@ impl Cell {
 
     pub(super) fn delete_checkpoint(&self, backup: &str) -> Result<()> {
         let checkpoint = self.checkpoint(backup)?;
-        self.cluster.delete("vmcheckpoint", &checkpoint)?;
+        self.objects.delete::<VmCheckpoint>(&checkpoint)?;
         self.until("the deletion of the checkpoint to be under way", || {
-            let status = self.cluster.get("vmcheckpoint", &checkpoint)?["status"].clone();
+            let status = self.objects.get::<VmCheckpoint>(&checkpoint)?["status"].clone();
             let waits = ready(&status)["reason"] == "CheckpointBusy";
             let goes = status["nodeName"].is_string();
             Ok((waits || goes).then_some(()))

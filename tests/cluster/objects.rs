@@ -1,10 +1,11 @@
-//! Virtmark's objects as its users see them, without a process for each look: many histories run at once.
+//! Virtmark's objects as its users see them, without a kubectl for each look: many VMs are looked at at once.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use k8s_openapi::api::core::v1::Secret;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Resource};
 use serde_json::{Value, json};
@@ -21,6 +22,7 @@ const BOUND: Duration = Duration::from_secs(90);
 pub struct Objects {
     runtime: tokio::runtime::Runtime,
     client: Client,
+    patience: Duration,
 }
 
 impl Objects {
@@ -28,7 +30,28 @@ impl Objects {
         virtmark::telemetry::install_crypto();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let client = runtime.block_on(virtmark::cluster::connect(Some(&bed.plane.kubeconfig)))?;
-        Ok(Self { runtime, client })
+        Ok(Self { runtime, client, patience: Duration::ZERO })
+    }
+
+    /// For tests that take the API server away: it is asked again for so long until it answers.
+    pub fn patient(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    fn ask<T>(&self, mut ask: impl AsyncFnMut() -> Result<T, kube::Error>) -> Result<T, kube::Error> {
+        let began = Instant::now();
+        loop {
+            let answer = self.runtime.block_on(ask());
+            let is_word = match &answer {
+                Ok(_) => true,
+                Err(kube::Error::Api(status)) => status.code < 500,
+                Err(_) => false,
+            };
+            if is_word || began.elapsed() >= self.patience {
+                return answer;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     fn api<K: Resource<DynamicType = ()>>(&self) -> Api<DynamicObject> {
@@ -37,8 +60,16 @@ impl Objects {
 
     /// An object, or null.
     pub fn get<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<Value> {
-        let found = self.runtime.block_on(self.api::<K>().get_opt(name))?;
+        let api = self.api::<K>();
+        let found = self.ask(async || api.get_opt(name).await)?;
         Ok(found.map(serde_json::to_value).transpose()?.unwrap_or_default())
+    }
+
+    /// All objects of a kind.
+    pub fn list<K: Resource<DynamicType = ()>>(&self) -> Result<Vec<Value>> {
+        let api = self.api::<K>();
+        let found = self.ask(async || api.list(&ListParams::default()).await)?;
+        Ok(found.items.into_iter().map(serde_json::to_value).collect::<Result<_, _>>()?)
     }
 
     pub fn create<K: Resource<DynamicType = ()>>(
@@ -50,20 +81,23 @@ impl Objects {
         let object = json!({"apiVersion": K::api_version(&()), "kind": K::kind(&()), "spec": spec,
             "metadata": {"name": name, "namespace": VM_NAMESPACE, "labels": labels}});
         let object = serde_json::from_value(object)?;
-        let made = self.runtime.block_on(self.api::<K>().create(&PostParams::default(), &object));
+        let api = self.api::<K>();
+        let made = self.ask(async || api.create(&PostParams::default(), &object).await);
         Ok(serde_json::to_value(made.with_context(|| format!("creating {name}"))?)?)
     }
 
     /// Sets `spec.state`.
     pub fn state<K: Resource<DynamicType = ()>>(&self, name: &str, state: &str) -> Result<()> {
         let patch = Patch::Merge(json!({"spec": {"state": state}}));
-        self.runtime.block_on(self.api::<K>().patch(name, &PatchParams::default(), &patch))?;
+        let api = self.api::<K>();
+        self.ask(async || api.patch(name, &PatchParams::default(), &patch).await)?;
         Ok(())
     }
 
     /// Has an object deleted, and does not wait for it.
     pub fn delete<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
-        match self.runtime.block_on(self.api::<K>().delete(name, &DeleteParams::default())) {
+        let api = self.api::<K>();
+        match self.ask(async || api.delete(name, &DeleteParams::default()).await) {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
             other => Ok(other.map(drop)?),
         }
@@ -107,17 +141,20 @@ impl Objects {
     }
 
     /// What a client needs of a transfer, once that is Ready. The CA is stored in `files`.
-    pub fn ticket(&self, transfer: &str, files: &std::path::Path) -> Result<Ticket> {
+    pub fn ticket(&self, transfer: &str, files: &Path) -> Result<Ticket> {
         let found = self.until::<ImageTransfer>(transfer, "be Ready", |object| {
             ["Ready", "Failed", "Cancelled", "Succeeded"]
                 .contains(&object["status"]["phase"].as_str().unwrap_or_default())
         })?;
         let status = &found["status"];
         anyhow::ensure!(status["phase"] == "Ready", "{transfer}: {status}");
-        let secret = status["ticketSecret"].as_str().context("no ticketSecret")?.to_owned();
-        let found = self
-            .runtime
-            .block_on(Api::<Secret>::namespaced(self.client.clone(), VM_NAMESPACE).get(&secret))?;
+        self.secret(status["ticketSecret"].as_str().context("no ticketSecret")?, files)
+    }
+
+    /// What a client finds in a ticket's Secret. The CA is stored in `files`.
+    pub fn secret(&self, secret: &str, files: &Path) -> Result<Ticket> {
+        let api = Api::<Secret>::namespaced(self.client.clone(), VM_NAMESPACE);
+        let found = self.ask(async || api.get(secret).await)?;
         let data = found.data.unwrap_or_default();
         let text = |key: &str| -> Result<String> {
             let bytes = data.get(key).with_context(|| format!("the Secret has no {key}"))?;
@@ -125,6 +162,11 @@ impl Objects {
         };
         let ca = files.join(format!("{secret}.pem"));
         std::fs::write(&ca, text("ca.crt")?)?;
-        Ok(Ticket { url: text("url")?, unix_socket: text("unixSocket")?.into(), ca, secret })
+        Ok(Ticket {
+            url: text("url")?,
+            unix_socket: text("unixSocket")?.into(),
+            ca,
+            secret: secret.to_owned(),
+        })
     }
 }

@@ -79,18 +79,18 @@ impl Live {
         let mut served = self.served();
         let kept = served.coverage.entry(disk.to_owned()).or_insert_with(|| {
             let coverage = SharedCoverage::new(make());
-            Kept { stored: coverage.transferred(), coverage }
+            Kept { stored: coverage.settled(), coverage }
         });
         Arc::clone(&kept.coverage)
     }
 
-    /// The coverage, encoded, of each disk of which more was served since the last call.
+    /// The coverage, encoded, of each disk of which more was served or excused since the last call.
     pub fn to_store(&self) -> Vec<(String, Vec<u8>)> {
         let mut served = self.served();
         let moved = served.coverage.iter_mut().filter_map(|(disk, kept)| {
-            let transferred = kept.coverage.transferred();
-            let moved = transferred != kept.stored;
-            kept.stored = transferred;
+            let settled = kept.coverage.settled();
+            let moved = settled != kept.stored;
+            kept.stored = settled;
             moved.then(|| (disk.clone(), kept.coverage.encode()))
         });
         moved.collect()

@@ -49,6 +49,11 @@ impl SharedCoverage {
         self.lock().mark(start, end);
     }
 
+    /// See [`Coverage::excuse`].
+    pub fn excuse(&self, start: u64, end: u64) {
+        self.lock().excuse(start, end);
+    }
+
     /// See [`Coverage::mark_all`].
     pub fn mark_all(&self) {
         self.lock().mark_all();
@@ -64,6 +69,12 @@ impl SharedCoverage {
     #[must_use]
     pub fn transferred(&self) -> u64 {
         self.lock().transferred()
+    }
+
+    /// See [`Coverage::settled`].
+    #[must_use]
+    pub fn settled(&self) -> u64 {
+        self.lock().settled()
     }
 
     /// See [`Coverage::encode`].

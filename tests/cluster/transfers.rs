@@ -1,11 +1,13 @@
 //! ImageTransfers that users make, their tickets, and NBD.
 
+use std::fs::File;
 use std::process::Command;
 
 use anyhow::Result;
 use serde_json::json;
-use virtmark_bed::compare;
+use virtmark_bed::{Disk, compare};
 
+use super::chain::restore;
 use super::rig::{MIB, Rig, small};
 
 #[test]
@@ -76,5 +78,29 @@ fn a_client_on_the_node_may_read_nbd_and_says_so() -> Result<()> {
     rig.reason("vmbackup", "nbd-1", "TransfersIncomplete")?;
     rig.state("imagetransfer", "nbd-t", "Finalized")?;
     rig.phase("vmbackup", "nbd-1", "Succeeded")?;
+    rig.host_is_clean()
+}
+
+#[test]
+fn what_was_zero_when_it_was_asked_for_need_not_be_read() -> Result<()> {
+    let rig = Rig::running("zeroes", [Disk::qcow2("vda", 64 * MIB).clusters(4096)])?;
+    let image = rig.files.path().join("zeroes.raw");
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    for (backup, mode) in [("zeroes-1", "Full"), ("zeroes-2", "Incremental")] {
+        rig.vm.write("vda", 4 * MIB, 4096, 0x22)?;
+        rig.vm.zero("vda", 4 * MIB + 4096, MIB)?;
+        rig.backup(backup, json!({"type": mode}))?;
+        let then = rig.vm.remember("vda")?;
+        let transfer = format!("{backup}-vda");
+        File::options().create(true).append(true).open(&image)?;
+        restore(&rig.ticket(&transfer)?, mode == "Incremental", &image)?;
+        compare(&then, &image, "raw")?;
+        // QEMU copies 64 KiB out of the way: its export calls their zeroes data from here on
+        rig.vm.write("vda", 4 * MIB + 8192, 512, 0x33)?;
+        rig.state("vmbackup", backup, "Finalized")?;
+        rig.phase("vmbackup", backup, "Succeeded")?;
+        assert_eq!(rig.get("imagetransfer", &transfer)?["status"]["progress"], "100%", "{backup}");
+        rig.made("vmcheckpoint", &rig.checkpoint_of(backup)?);
+    }
     rig.host_is_clean()
 }

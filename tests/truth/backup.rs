@@ -106,9 +106,10 @@ impl Run<'_> {
             others.join().map_err(|_| anyhow!("the guest's thread died"))??;
             read
         })?;
-        self.tally.kills += plan.meanwhile.iter().filter(|step| matches!(step, Step::Kill { .. })).count();
+        let kills = plan.meanwhile.iter().filter(|step| matches!(step, Step::Kill { .. })).count();
+        self.tally.kills += kills;
         match plan.end {
-            End::Finalize => self.finalize(name, &point, read)?,
+            End::Finalize => self.finalize(name, &point, read, plan.kill.is_some() || kills > 0)?,
             End::Cancel => {
                 self.objects().state::<VmBackup>(name, "Cancelled")?;
                 self.failed(name, "Cancelled")?;
@@ -180,7 +181,8 @@ impl Run<'_> {
         Ok(rebuilt)
     }
 
-    fn finalize(&mut self, name: &str, point: &Point, mut read: Rebuilt) -> Result<()> {
+    /// `killed`: somebody was killed since the backup was made.
+    fn finalize(&mut self, name: &str, point: &Point, mut read: Rebuilt, killed: bool) -> Result<()> {
         self.objects().state::<VmBackup>(name, "Finalized")?;
         let mut again = 0;
         let status = loop {
@@ -192,7 +194,8 @@ impl Run<'_> {
             if is_terminal(&object["status"]) {
                 break object["status"].clone();
             }
-            // what was served just before a kill counts as unread
+            // what was served just before a kill counts as unread; nothing else does that was read
+            ensure!(killed, "{name} was read as its extents say, and is not whole: {object}");
             again += 1;
             match self.read(name, point, true, again) {
                 Ok(rebuilt) => {

@@ -240,6 +240,10 @@ async fn open(
             required: context.unread(live, record, disk).await?,
         },
     };
+    if is_new {
+        // a successor cannot see any more what was zero before the client came
+        context.store_coverage(&record.uid, live);
+    }
     live.require(disk, ticket.required);
     live.ticketed(uid);
     // a predecessor may have stored a ticket, and not lived to make its Secret

@@ -1,9 +1,9 @@
 //! The form of a [`Coverage`] at rest, for the agent's state directory.
 //!
 //! ```text
-//! "vmkcov01"  size  granule  transferred  partial  runs     8 bytes each, little endian
+//! "vmkcov02"  size  granule  settled  excused  partial  runs     8 bytes each, little endian
 //! partial * (start, end)                                     bytes
-//! runs * (first, behind)                                     granules that were served; or, where that is shorter,
+//! runs * (first, behind)                                     granules that are settled; or, where that is shorter,
 //!                                                            runs = 2^64 - 1 and all the bits, 8 bytes each
 //! FNV-1a of all that is before
 //! ```
@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use super::{Coverage, MAX_PARTIAL};
 
-const MAGIC: &[u8; 8] = b"vmkcov01";
+const MAGIC: &[u8; 8] = b"vmkcov02";
 /// Instead of a number of runs: the bits follow.
 const BITS: u64 = u64::MAX;
 
@@ -50,9 +50,9 @@ impl Coverage {
         } else {
             (runs.len() as u64, &runs[..], &[][..])
         };
-        let mut out = Vec::with_capacity(56 + 16 * (self.partial.len() + runs.len()) + 8 * bits.len());
+        let mut out = Vec::with_capacity(64 + 16 * (self.partial.len() + runs.len()) + 8 * bits.len());
         out.extend_from_slice(MAGIC);
-        let counts = [self.size, self.granule, self.transferred, self.partial.len() as u64, count];
+        let counts = [self.size, self.granule, self.settled, self.excused, self.partial.len() as u64, count];
         let partial = self.partial.iter().flat_map(|(start, end)| [*start, *end]);
         let runs = runs.iter().flat_map(|run| [run.start, run.end]).chain(bits.iter().copied());
         for number in counts.into_iter().chain(partial).chain(runs) {
@@ -73,12 +73,13 @@ impl Coverage {
         let mut numbers =
             body.chunks_exact(8).map(|chunk| chunk.iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte)));
         let mut next = || numbers.next().ok_or(DecodeError::Damaged);
-        let (found, granule, transferred, partial, runs) = (next()?, next()?, next()?, next()?, next()?);
+        let (found, granule, settled, excused) = (next()?, next()?, next()?, next()?);
+        let (partial, runs) = (next()?, next()?);
         if found != size {
             return Err(DecodeError::OtherSize { found, expected: size });
         }
         let mut coverage = Coverage::new(size);
-        let numbers_left = (bytes.len() as u64 / 8).checked_sub(7);
+        let numbers_left = (bytes.len() as u64 / 8).checked_sub(8);
         let behind = if runs == BITS { Some(coverage.bits.len() as u64) } else { runs.checked_mul(2) };
         let announced =
             partial.checked_mul(2).zip(behind).and_then(|(ranges, behind)| ranges.checked_add(behind));
@@ -112,13 +113,14 @@ impl Coverage {
             }
             coverage.mark(first * granule, behind.saturating_mul(granule));
         }
-        if coverage.transferred != transferred {
+        if coverage.settled != settled || excused > settled {
             return Err(DecodeError::Damaged);
         }
+        coverage.excused = excused;
         Ok(coverage)
     }
 
-    /// The runs of granules that were served.
+    /// The runs of granules that are settled.
     fn runs(&self) -> impl Iterator<Item = Range<u64>> {
         let granules = self.size.div_ceil(self.granule);
         let mut at = 0;

@@ -1,6 +1,7 @@
-//! Which bytes of a disk were served: the knowledge that decides whether a backup is complete.
+//! Which bytes of a disk were served, or need not be: the knowledge that decides whether a backup is complete.
 //!
-//! **It never claims more than was served.** What it cannot keep counts as not served.
+//! **It never claims more than was served.** What it cannot keep counts as not served. Bytes that were seen to read as
+//! zero are excused for good: the disk is one of the past, so they stay zero, whatever QEMU calls them later.
 //!
 //! ```text
 //! granules  | 1 | 1 | 0 | 1 | 0 |      one bit a granule: all of it was served
@@ -32,7 +33,10 @@ pub struct Coverage {
     bits: Vec<u64>,
     /// Disjoint ranges `start -> end`, each inside one granule whose bit is not set.
     partial: BTreeMap<u64, u64>,
-    transferred: u64,
+    /// Bytes that were served or excused.
+    settled: u64,
+    /// Those of them that were excused first.
+    excused: u64,
 }
 
 impl Coverage {
@@ -42,7 +46,7 @@ impl Coverage {
         let granule = size.div_ceil(MAX_GRANULES).max(GRANULE).next_power_of_two();
         // At most MAX_GRANULES / 64 words, so that it fits any usize.
         let words = usize::try_from(size.div_ceil(granule).div_ceil(64)).unwrap_or(usize::MAX);
-        Coverage { size, granule, bits: vec![0; words], partial: BTreeMap::new(), transferred: 0 }
+        Coverage { size, granule, bits: vec![0; words], partial: BTreeMap::new(), settled: 0, excused: 0 }
     }
 
     /// Bytes of the disk.
@@ -51,10 +55,23 @@ impl Coverage {
         self.size
     }
 
-    /// Bytes that were served, each counted once.
+    /// Bytes that were served and had not been excused, each counted once.
     #[must_use]
     pub fn transferred(&self) -> u64 {
-        self.transferred
+        self.settled - self.excused
+    }
+
+    /// Bytes that are not missing: it grows whenever something changes.
+    #[must_use]
+    pub fn settled(&self) -> u64 {
+        self.settled
+    }
+
+    /// The bytes from `start` to before `end` read as zero, so that nobody has to read them.
+    pub fn excuse(&mut self, start: u64, end: u64) {
+        let before = self.settled;
+        self.mark(start, end);
+        self.excused += self.settled - before;
     }
 
     /// The bytes from `start` to before `end` were served; what is beyond the disk is ignored.
@@ -80,13 +97,13 @@ impl Coverage {
     }
 
     /// Bytes of the `required` ranges (each `start` to before `end`, not overlapping each other) that were
-    /// not served. Ranges beyond the disk were not.
+    /// neither served nor excused. Ranges beyond the disk were not.
     #[must_use]
     pub fn missing(&self, required: impl IntoIterator<Item = (u64, u64)>) -> u64 {
         required.into_iter().map(|(start, end)| self.missing_in(start, end)).fold(0, u64::saturating_add)
     }
 
-    /// Bytes from `start` to before `end` that were not served.
+    /// Bytes from `start` to before `end` that were neither served nor excused.
     #[must_use]
     pub fn missing_in(&self, start: u64, end: u64) -> u64 {
         end.saturating_sub(start) - self.served_in(start, end.min(self.size))
@@ -154,11 +171,11 @@ impl Coverage {
         }
         for (from, to) in touching {
             self.partial.remove(&from);
-            self.transferred -= to - from;
+            self.settled -= to - from;
             start = start.min(from);
             end = end.max(to);
         }
-        self.transferred += end - start;
+        self.settled += end - start;
         if (start, end) == (bounds.start, bounds.end) {
             let (word, mask) = place(granule);
             self.bits[word] |= mask;
@@ -175,12 +192,12 @@ impl Coverage {
         let bytes = granules.start * self.granule..granules.end * self.granule;
         while let Some((from, to)) = self.partial.range(bytes.clone()).next().map(|(from, to)| (*from, *to)) {
             self.partial.remove(&from);
-            self.transferred -= to - from;
+            self.settled -= to - from;
         }
         for (word, mask) in words(granules) {
             let new = mask & !self.bits[word];
             self.bits[word] |= new;
-            self.transferred += u64::from(new.count_ones()) * self.granule;
+            self.settled += u64::from(new.count_ones()) * self.granule;
         }
     }
 }

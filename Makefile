@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test soak bench fuzz up down build lint prerequisites
+.PHONY: demo test test-outages test-others soak bench fuzz up down build lint prerequisites
 
 demo: build
 	$(bed) demo
@@ -21,11 +21,21 @@ up: build
 down:
 	[ ! -x $(bed) ] || $(bed) down
 
-# lint first: it is fast, and what it says is cheap to mend
+# lint first: it is fast, and what it says is cheap to mend. Then two beds side by side: the outages are mostly waits
+outages := an_outage_at_any_moment_of_a_backup_ends_as_the_table_says
+cargo_test := cargo test --locked --workspace --features virtmark/killpoints
+
 test: lint
 	cargo build --locked --workspace --features virtmark/killpoints
+	$(cargo_test) --no-run
 	$(bed) build --guest
-	$(bed) --hypervisors 2 run -- cargo test --locked --workspace --features virtmark/killpoints
+	$(MAKE) --jobs=2 --output-sync=target test-outages test-others
+
+test-outages:
+	$(bed) --hypervisors 2 run -- $(cargo_test) --test survival -- $(outages)
+
+test-others:
+	$(bed) --hypervisors 2 run -- $(cargo_test) -- --skip $(outages)
 
 soak: N = 300
 soak: prerequisites

@@ -67,6 +67,12 @@ impl LibvirtError {
         matches!(self.code, virt::sys::VIR_ERR_OPERATION_UNSUPPORTED | virt::sys::VIR_ERR_NO_SUPPORT)
     }
 
+    /// The domain has no channel for a guest agent (`VIR_ERR_ARGUMENT_UNSUPPORTED`); one that has it, and nobody who
+    /// answers, is another error (`VIR_ERR_AGENT_UNRESPONSIVE`).
+    pub fn is_no_guest_agent(&self) -> bool {
+        self.code == virt::sys::VIR_ERR_ARGUMENT_UNSUPPORTED
+    }
+
     /// The checkpoint does not exist (`VIR_ERR_NO_DOMAIN_CHECKPOINT`).
     pub fn is_no_checkpoint(&self) -> bool {
         self.code == virt::sys::VIR_ERR_NO_DOMAIN_CHECKPOINT

@@ -27,10 +27,18 @@ const OF_BASE: usize = 2;
 enum Way {
     /// Reads everything, and finalizes.
     Finalize,
+    /// The same, of a VM without a guest agent.
+    FinalizeBare,
     Cancel,
     Delete,
     /// Pulls the VM's plug.
     PowerOff,
+}
+
+impl Way {
+    fn finalizes(self) -> bool {
+        matches!(self, Self::Finalize | Self::FinalizeBare)
+    }
 }
 
 /// Whether a backup in which this step is met, or after which only one process dies, starts from the base. All that die
@@ -43,6 +51,7 @@ fn starts_from_base(step: Step, both: bool) -> bool {
 fn reached_by(step: Step) -> Vec<(Way, u32)> {
     match step {
         Step::CheckpointRemoved => vec![(Way::Cancel, 0)],
+        Step::Frozen => vec![(Way::Finalize, 0), (Way::FinalizeBare, 0)],
         Step::BitmapRemoved => vec![(Way::PowerOff, 0), (Way::PowerOff, 1)],
         Step::Settled | Step::FinalizerRemoved => vec![(Way::Delete, 0)],
         _ => vec![(Way::Finalize, 0)],
@@ -84,8 +93,10 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
     for both in [false, true] {
         for &step in Step::ALL {
             for (way, passes) in reached_by(step) {
-                let (rig, base) =
-                    if way == Way::PowerOff { (&mut bare, &bases[1]) } else { (&mut frozen, &bases[0]) };
+                let (rig, base) = match way {
+                    Way::PowerOff | Way::FinalizeBare => (&mut bare, &bases[1]),
+                    _ => (&mut frozen, &bases[0]),
+                };
                 let base = starts_from_base(step, both).then_some(base.as_str());
                 if rig.vm.state()? != "running" {
                     rig.vm.start()?;
@@ -145,7 +156,7 @@ fn survive(
     // the other VM's rig may have started other processes meanwhile
     rig.bed = Bed::from_env()?;
     let name = format!("survivor-{number}-{}", step.as_str().to_lowercase());
-    let quiesce = if rig.vm.name == "survivor" { "Required" } else { "None" };
+    let quiesce = if rig.vm.name == "survivor" { "Required" } else { "BestEffort" };
     for disk in DISKS {
         rig.vm.write(disk, u64::from(number) * 65536, 3 * MIB, number)?;
     }
@@ -190,7 +201,7 @@ fn live(rig: &Rig, name: &str, base: Option<&str>, way: Way, quiesce: &str) -> R
     let then = DISKS.map(|disk| rig.vm.remember(disk));
     rig.vm.write("vdb", 0, MIB, 0xee)?;
     match way {
-        Way::Finalize => {
+        Way::Finalize | Way::FinalizeBare => {
             for (disk, then) in DISKS.into_iter().zip(then) {
                 let (then, transfer) = (then?, format!("{name}-{disk}"));
                 let read = || match base {
@@ -237,16 +248,16 @@ fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
             let conditions = checkpoint["status"]["conditions"].as_array().cloned().unwrap_or_default();
             conditions.iter().any(|c| c["type"] == "Usable" && c["status"] == "True")
         });
-        let expected = usize::from(way == Way::Finalize);
+        let expected = usize::from(way.finalizes());
         Ok((secrets == 0 && usable && checkpoints.len() == expected && rig.host_is_clean().is_ok())
             .then_some(()))
     })?;
     rig.host_is_clean()?;
     let bitmaps = [rig.bitmaps("vdb")?, rig.bitmaps("vdc")?];
     for bitmaps in &bitmaps {
-        ensure!(bitmaps.len() == kept + usize::from(way == Way::Finalize), "bitmaps are left: {bitmaps:?}");
+        ensure!(bitmaps.len() == kept + usize::from(way.finalizes()), "bitmaps are left: {bitmaps:?}");
     }
-    if way == Way::Finalize {
+    if way.finalizes() {
         for transfer in named(list("imagetransfers")?) {
             ensure!(transfer["status"]["phase"] == "Succeeded", "{transfer}");
         }

@@ -73,12 +73,16 @@ pub enum HostError {
 }
 
 impl HostError {
-    fn because(&self) -> Because {
+    fn because(&self, action: Action) -> Because {
         let reason = match self {
             // it is on its way to another node, or back
             Self::NoDomain | Self::NoSize(_) => Reason::VmBusy,
             Self::Libvirt(error) if error.is_no_domain() => Reason::VmBusy,
-            Self::Libvirt(error) if error.is_unsupported() => Reason::IncrementalNotSupported,
+            Self::Libvirt(error)
+                if error.is_unsupported() && matches!(action, Action::Redefine | Action::Begin) =>
+            {
+                Reason::IncrementalNotSupported
+            }
             Self::Redefine { .. } => Reason::RedefineFailed,
             _ => Reason::HypervisorError,
         };
@@ -134,7 +138,7 @@ impl Host {
             Ok(()) => Ok(Report::Done),
             Err(error) if action.is_upward() && self.is_cut_off(record, &error) => Err(error),
             Err(error) if action == Action::Freeze => Ok(Report::Froze(Freeze::Failed(error.to_string()))),
-            Err(error) => Ok(Report::Failed(error.because())),
+            Err(error) => Ok(Report::Failed(error.because(action))),
         }
     }
 
@@ -224,9 +228,14 @@ impl Host {
         Ok(Freeze::Frozen)
     }
 
+    /// Thaws the guest. A guest that nobody can have asked to freeze needs no thaw, although a record of the intent says
+    /// that it may be frozen.
     fn thaw(&self, record: &Record) -> Result<(), HostError> {
+        if record.quiesce == QuiesceMode::None {
+            return Ok(());
+        }
         match self.libvirt.thaw(&record.vm_uuid, record.quiesce_seconds) {
-            Err(error) if error.is_no_domain() => Ok(()),
+            Err(error) if error.is_no_domain() || error.is_no_guest_agent() => Ok(()),
             other => Ok(other?),
         }
     }

@@ -265,6 +265,18 @@ impl Vm {
         Ok(())
     }
 
+    /// Defines it on another hypervisor as it is, and no longer on its own; it is off.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn define_on(&mut self, to: &Hypervisor) -> Result<()> {
+        let file = self.dir.join("domain.xml");
+        fs::write(&file, self.hypervisor.virsh(&["dumpxml", "--inactive", &self.name])?)?;
+        self.undefine()?;
+        self.hypervisor = to.clone();
+        self.redefine()
+    }
+
     /// Says that it is on another hypervisor now.
     pub fn moved(&mut self, to: &Hypervisor) {
         self.hypervisor = to.clone();

@@ -55,14 +55,9 @@ fn a_chain_goes_on_over_migrations_there_and_back() -> Result<()> {
     }
 
     // off, and started on the other one from the same disks
-    let xml = rig.vm.hypervisor().virsh(&["dumpxml", "--inactive", "mover"])?;
     rig.vm.destroy()?;
-    rig.vm.hypervisor().virsh(&["undefine", "mover"])?;
-    let file = rig.files.path().join("mover.xml");
-    std::fs::write(&file, xml)?;
     let home = node(&rig, 0)?;
-    home.virsh(&["define", &file.to_string_lossy()])?;
-    rig.vm.moved(&home);
+    rig.vm.define_on(&home)?;
     rig.vm.start()?;
     handed_over(&rig, &home)?;
     rig.vm.write("vda", 20 * MIB, MIB, 0x33)?;

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ impl Run<'_> {
     /// A backup from its creation to its end.
     pub(super) fn backup(&mut self, plan: &history::Backup) -> Result<()> {
         let name = format!("{}-{}", self.vm.name, self.backups.len());
+        let kills = self.world.kills.load(Ordering::Relaxed);
         let created = self.objects().create::<VmBackup>(&name, &labels(plan.owner), &self.spec(plan))?;
         let uid = created["metadata"]["uid"].as_str().context("no uid")?.to_owned();
         self.backups.push((name.clone(), uid));
@@ -36,7 +38,7 @@ impl Run<'_> {
                     world.kill(who, node)
                 })
             });
-            let done = self.live(&name, plan);
+            let done = self.live(&name, plan, kills);
             let killed = killer.map(|killer| killer.join().map_err(|_| anyhow!("the killer died")));
             killed.transpose()?.transpose()?;
             done
@@ -69,8 +71,9 @@ impl Run<'_> {
         spec
     }
 
-    /// The user's part, and the guest's. Answers the checkpoints that were deleted meanwhile.
-    fn live(&mut self, name: &str, plan: &history::Backup) -> Result<Vec<String>> {
+    /// The user's part, and the guest's. Answers the checkpoints that were deleted meanwhile. `kills`: how many there had
+    /// been when the backup was made.
+    fn live(&mut self, name: &str, plan: &history::Backup, kills: usize) -> Result<Vec<String>> {
         if plan.end == End::CancelEarly {
             self.objects().state::<VmBackup>(name, "Cancelled")?;
             self.failed(name, "Cancelled")?;
@@ -106,10 +109,9 @@ impl Run<'_> {
             others.join().map_err(|_| anyhow!("the guest's thread died"))??;
             read
         })?;
-        let kills = plan.meanwhile.iter().filter(|step| matches!(step, Step::Kill { .. })).count();
-        self.tally.kills += kills;
+        self.tally.kills += plan.meanwhile.iter().filter(|step| matches!(step, Step::Kill { .. })).count();
         match plan.end {
-            End::Finalize => self.finalize(name, &point, read, plan.kill.is_some() || kills > 0)?,
+            End::Finalize => self.finalize(name, &point, read, kills)?,
             End::Cancel => {
                 self.objects().state::<VmBackup>(name, "Cancelled")?;
                 self.failed(name, "Cancelled")?;
@@ -181,8 +183,7 @@ impl Run<'_> {
         Ok(rebuilt)
     }
 
-    /// `killed`: somebody was killed since the backup was made.
-    fn finalize(&mut self, name: &str, point: &Point, mut read: Rebuilt, killed: bool) -> Result<()> {
+    fn finalize(&mut self, name: &str, point: &Point, mut read: Rebuilt, kills: usize) -> Result<()> {
         self.objects().state::<VmBackup>(name, "Finalized")?;
         let mut again = 0;
         let status = loop {
@@ -195,6 +196,7 @@ impl Run<'_> {
                 break object["status"].clone();
             }
             // what was served just before a kill counts as unread; nothing else does that was read
+            let killed = self.world.kills.load(Ordering::Relaxed) > kills;
             ensure!(killed, "{name} was read as its extents say, and is not whole: {object}");
             again += 1;
             match self.read(name, point, true, again) {

@@ -70,8 +70,8 @@ pub enum Step {
     Commit,
     /// SIGKILL of a process that all VMs share, and a successor.
     Kill { who: Who },
-    // a live migration to the other hypervisor and back is one more kind of step: it belongs here, its generation in
-    // `between`, its doing in run.rs beside Restart
+    /// The VM goes to the other hypervisor, live; or, where it is off, is defined there instead.
+    Migrate,
 }
 
 /// Whom a kill meets.
@@ -268,7 +268,7 @@ impl Maker<'_> {
 
     /// What happens between two backups, beside writes.
     fn between(&mut self) -> Step {
-        match self.random.random_range(0..20) {
+        match self.random.random_range(0..23) {
             0..4 => Step::Restart { off: self.off() },
             4 => Step::KillVm,
             5..8 => Step::DeleteCheckpoint { which: self.random.random() },
@@ -278,6 +278,7 @@ impl Maker<'_> {
             14..16 => Step::Snapshot,
             16..18 => Step::Commit,
             18 => Step::Kill { who: self.who() },
+            19..22 => Step::Migrate,
             _ => self.io(),
         }
     }
@@ -287,11 +288,12 @@ impl Maker<'_> {
         if !self.one_in(3) {
             return Vec::new();
         }
-        vec![match self.random.random_range(0..5) {
+        vec![match self.random.random_range(0..6) {
             0 => Step::DeleteCheckpoint { which: self.random.random() },
             1 => self.grow(),
             2 => Step::Plug { disk: self.random.random_range(0..DISKS), plan: self.disk() },
             3 => Step::Unplug { disk: self.random.random_range(1..DISKS) },
+            4 => Step::Migrate,
             _ => Step::Kill { who: self.who() },
         }]
     }
@@ -352,6 +354,7 @@ fn histories_have_every_kind_of_step_and_no_more_than_a_few_backups() {
         "Snapshot",
         "Commit",
         "Kill",
+        "Migrate",
         "during Write",
         "during Zero",
         "during Discard",
@@ -362,6 +365,7 @@ fn histories_have_every_kind_of_step_and_no_more_than_a_few_backups() {
         "off Plug",
         "off Unplug",
         "off Kill",
+        "off Migrate",
     ];
     for kind in expected {
         assert!(seen.get(kind).is_some_and(|count| *count >= 3), "{kind} is hardly ever made: {seen:?}");

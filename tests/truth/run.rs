@@ -28,6 +28,8 @@ const LARGEST: u64 = 12 << 20;
 pub struct World {
     bed: Mutex<Bed>,
     pub(super) objects: Objects,
+    /// Kills so far, by whichever history: they meet the backups of all.
+    pub(super) kills: AtomicUsize,
 }
 
 impl World {
@@ -35,12 +37,13 @@ impl World {
     pub fn of_env() -> Result<Self> {
         let bed = Bed::from_env()?;
         let objects = Objects::of(&bed)?;
-        Ok(Self { bed: Mutex::new(bed), objects })
+        Ok(Self { bed: Mutex::new(bed), objects, kills: AtomicUsize::new(0) })
     }
 
     /// Kills a process with SIGKILL and starts its successor.
     pub(super) fn kill(&self, who: Who, node: usize) -> Result<()> {
         let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.kills.fetch_add(1, Ordering::Relaxed);
         match who {
             Who::Agent => bed.agents[node].restart(&[])?,
             Who::Operator => bed.operator.restart(&[])?,
@@ -177,9 +180,23 @@ impl Run<'_> {
                 self.tally.kills += 1;
                 self.world.kill(*who, self.node)?;
             }
+            Step::Migrate => self.migrate()?,
         }
         self.tally.steps += 1;
         Ok(())
+    }
+
+    fn migrate(&mut self) -> Result<()> {
+        let hypervisors = self.world.bed.lock().unwrap_or_else(PoisonError::into_inner).hypervisors.clone();
+        let next = (self.node + 1) % hypervisors.len();
+        let to = &hypervisors[next];
+        if self.vm.runs()? {
+            self.vm.migrate(to, &[])?;
+        } else {
+            self.vm.define_on(to)?;
+        }
+        self.node = next;
+        self.settle()
     }
 
     pub(super) fn has(&self, target: &str) -> bool {
@@ -208,7 +225,8 @@ impl Run<'_> {
         self.objects()
             .until::<LibvirtDomain>(&self.vm.name, &format!("show {disks:?}"), |domain| {
                 let shown = domain["status"]["disks"].as_array().cloned().unwrap_or_default();
-                shown.len() == disks.len()
+                domain["status"]["nodeName"] == self.vm.hypervisor().name.as_str()
+                    && shown.len() == disks.len()
                     && shown.iter().zip(&disks).all(|(shown, (target, format, size))| {
                         shown["target"] == *target && shown["format"] == *format && shown["size"] == *size
                     })

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::outage::{self, End, Moment, Outage};
 use crate::reason::{Reason, Retry};
-use crate::step::Step;
+use crate::step::{Scene, Step};
 
 /// What stands before and after a table in its page.
 const MARKS: (&str, &str) =
@@ -36,10 +36,16 @@ fn reasons() -> String {
 }
 
 fn restarts() -> String {
-    let mut table = "| Who dies | after | The successor finds | and |\n|---|---|---|---|\n".to_owned();
+    let mut table =
+        "| Of | who dies | after | The successor finds | and |\n|---|---|---|---|---|\n".to_owned();
     for step in Step::ALL {
+        let of = match step.scene() {
+            Scene::Backup => "a backup",
+            Scene::Removal => "a checkpoint's deletion",
+            Scene::HandOver => "a hand-over",
+        };
         let who = format!("{:?}", step.component()).to_lowercase();
-        let _ = writeln!(table, "| {who} | {} | {} | {} |", step.done(), step.finds(), step.does());
+        let _ = writeln!(table, "| {of} | {who} | {} | {} | {} |", step.done(), step.finds(), step.does());
     }
     table
 }

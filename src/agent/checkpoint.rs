@@ -13,8 +13,10 @@ use crate::api::conditions::{self, Observation, Truth};
 use crate::api::{self, CheckpointDiskStatus, Phase, VmCheckpoint, VmCheckpointStatus};
 use crate::clock;
 use crate::cluster;
+use crate::killpoint;
 use crate::libvirt::xml::Domain;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 /// How soon a removal that failed is tried again although no event came.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -66,6 +68,9 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
     let new = status(&checkpoint, &old, removed.is_ok(), &because);
     if new != old {
         cluster::replace_status(&api, &*checkpoint, new, api::AGENT).await?;
+        if removed.is_ok() {
+            killpoint::reached(Step::RemovalWritten);
+        }
     }
     Ok(if removed.is_ok() { Requeue::await_change() } else { Requeue::requeue(AGAIN) })
 }

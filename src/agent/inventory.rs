@@ -8,8 +8,10 @@ use kube::{Api, ResourceExt as _};
 
 use super::{AgentError, Context};
 use crate::api::{self, DomainSighting, DomainSightingSpec};
+use crate::killpoint;
 use crate::libvirt::Listed;
 use crate::libvirt::xml::Domain;
+use crate::step::Step;
 
 /// As libvirt prints it.
 fn is_uuid(text: &str) -> bool {
@@ -87,6 +89,7 @@ impl Inventory {
                 Err(error) if !matches!(error, kube::Error::Api(_)) => return Err(error.into()),
                 _ => {}
             }
+            killpoint::reached(Step::SightingDeleted);
             tracing::info!(domain = uuid, "domain gone");
             self.written.remove(&uuid);
         }
@@ -124,7 +127,9 @@ impl Inventory {
         }
         let metadata =
             ObjectMeta { name: Some(name), namespace: Some(self.namespace.clone()), ..ObjectMeta::default() };
-        Ok(self.api.create(&params, &DomainSighting { metadata, spec }).await?)
+        let created = self.api.create(&params, &DomainSighting { metadata, spec }).await?;
+        killpoint::reached(Step::SightingMade);
+        Ok(created)
     }
 }
 

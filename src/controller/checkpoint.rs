@@ -18,7 +18,9 @@ use crate::api::{
 };
 use crate::clock;
 use crate::cluster;
+use crate::killpoint;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 const SAFETY_NET: Duration = Duration::from_secs(60);
 
@@ -177,6 +179,7 @@ pub async fn reconcile(
                     describe(&old, Phase::Finalizing, &because, checkpoint.metadata.generation, now);
                 new.node_name = Some(node);
                 write(&api, &checkpoint, &old, new).await?;
+                killpoint::reached(Step::RemovalBound);
                 return Ok(Requeue::requeue(SAFETY_NET));
             }
             _ => {
@@ -203,6 +206,7 @@ pub async fn reconcile(
         Parting::Clean => {}
     }
     cluster::release(&api, &checkpoint).await?;
+    killpoint::reached(Step::CheckpointReleased);
     Ok(Requeue::await_change())
 }
 

@@ -1,5 +1,5 @@
 //! SIGKILL after each step of a backup, of the process that took it and of both: `docs/restarts.md` says what the
-//! successor finds and does.
+//! successor finds and does. The steps of other scenes are in `chain_kills.rs`.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use virtmark::killpoint::VARIABLE;
-use virtmark::step::{Component, Step};
+use virtmark::step::{Component, Scene, Step};
 use virtmark_bed::daemon::Daemon;
 use virtmark_bed::guest::{self, Image};
 use virtmark_bed::{Bed, Disk, compare, wait_until};
@@ -66,6 +66,17 @@ struct Doomed {
 }
 
 impl Doomed {
+    /// The process that takes `step`, made to die when it has passed it so often; the agent is that of `hypervisor`.
+    fn at(rig: &Rig, (step, passes): (Step, u32), hypervisor: usize, both: bool) -> Result<Self> {
+        let (operator, agent) = (rig.bed.operator.clone(), rig.bed.agents[hypervisor].clone());
+        let (mut dies, other) = match step.component() {
+            Component::Operator => (operator, agent),
+            Component::Agent => (agent, operator),
+        };
+        dies.restart(&[(VARIABLE, &format!("{step}:{passes}"))])?;
+        Ok(Self { dies, other, both })
+    }
+
     /// Waits for the death, and starts the successors.
     fn succeed(mut self) -> Result<(Daemon, Daemon)> {
         wait_until(BOUND, &format!("{} to die", self.dies.name), || {
@@ -91,7 +102,7 @@ fn a_backup_survives_the_death_of_its_processes_after_every_step() -> Result<()>
     let history = History::watch(&frozen.bed)?;
     let (mut count, started) = (0, Instant::now());
     for both in [false, true] {
-        for &step in Step::ALL {
+        for &step in Step::ALL.iter().filter(|step| step.scene() == Scene::Backup) {
             for (way, passes) in reached_by(step) {
                 let (rig, base) = match way {
                     Way::PowerOff | Way::FinalizeBare => (&mut bare, &bases[1]),
@@ -145,6 +156,29 @@ fn image(rig: &Rig, disk: &str) -> PathBuf {
     rig.files.path().join(format!("{disk}.raw"))
 }
 
+/// Does `work`, in the middle of which the process dies that takes `step`, with `both` the other one too, and is
+/// succeeded.
+pub(super) fn while_killed(
+    rig: &mut Rig,
+    (step, passes): (Step, u32),
+    hypervisor: usize,
+    both: bool,
+    work: impl FnOnce(&mut Rig) -> Result<()>,
+) -> Result<()> {
+    // another VM's rig may have started other processes meanwhile
+    rig.bed = Bed::from_env()?;
+    let doomed = Doomed::at(rig, (step, passes), hypervisor, both)?;
+    let reviver = std::thread::spawn(move || doomed.succeed());
+    let worked = work(rig);
+    let (dies, other) = reviver.join().map_err(|_| anyhow::anyhow!("the reviver died"))??;
+    match step.component() {
+        Component::Operator => (rig.bed.operator, rig.bed.agents[hypervisor]) = (dies, other),
+        Component::Agent => (rig.bed.agents[hypervisor], rig.bed.operator) = (dies, other),
+    }
+    rig.bed.store()?;
+    worked
+}
+
 fn survive(
     rig: &mut Rig,
     base: Option<&str>,
@@ -153,8 +187,6 @@ fn survive(
     both: bool,
     number: u8,
 ) -> Result<()> {
-    // the other VM's rig may have started other processes meanwhile
-    rig.bed = Bed::from_env()?;
     let name = format!("survivor-{number}-{}", step.as_str().to_lowercase());
     let quiesce = if rig.vm.name == "survivor" { "Required" } else { "BestEffort" };
     for disk in DISKS {
@@ -162,21 +194,7 @@ fn survive(
     }
     let kept = rig.bitmaps("vdb")?.len();
 
-    let (mut dies, other) = match step.component() {
-        Component::Operator => (rig.bed.operator.clone(), rig.bed.agents[1].clone()),
-        Component::Agent => (rig.bed.agents[1].clone(), rig.bed.operator.clone()),
-    };
-    dies.restart(&[(VARIABLE, &format!("{step}:{passes}"))])?;
-    let doomed = Doomed { dies, other, both };
-    let reviver = std::thread::spawn(move || doomed.succeed());
-    let lived = live(rig, &name, base, way, quiesce);
-    let (dies, other) = reviver.join().map_err(|_| anyhow::anyhow!("the reviver died"))??;
-    match step.component() {
-        Component::Operator => (rig.bed.operator, rig.bed.agents[1]) = (dies, other),
-        Component::Agent => (rig.bed.agents[1], rig.bed.operator) = (dies, other),
-    }
-    rig.bed.store()?;
-    lived?;
+    while_killed(rig, (step, passes), 1, both, |rig| live(rig, &name, base, way, quiesce))?;
     left_clean(rig, &name, way, kept)?;
     rig.delete_made_after(OF_BASE)
 }

@@ -8,6 +8,7 @@ mod at_once;
 #[path = "../cluster/chain.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod chain;
+mod chain_kills;
 mod deletes;
 mod doubles;
 mod history;

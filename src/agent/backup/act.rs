@@ -405,7 +405,10 @@ impl Host {
         for (target, _) in disks {
             let xml = xml::checkpoint_xml(bitmap, &[target], Some(1));
             match self.libvirt.checkpoint_redefine(vm_uuid, &xml, false) {
-                Ok(()) => self.libvirt.checkpoint_delete(vm_uuid, bitmap)?,
+                Ok(()) => {
+                    self.libvirt.checkpoint_delete(vm_uuid, bitmap)?;
+                    killpoint::reached(Step::BitmapDeleted);
+                }
                 Err(error) if names_no_disk(&error) => {}
                 Err(error) => return Err(error.into()),
             }

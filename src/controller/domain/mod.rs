@@ -14,7 +14,9 @@ use super::{Context, OperatorError};
 use crate::api::{self, LibvirtDomain, LibvirtDomainSpec};
 use crate::clock;
 use crate::cluster;
+use crate::killpoint;
 use crate::reason::{Because, Reason};
+use crate::step::Step;
 
 /// Makes the LibvirtDomains say what the sightings say.
 ///
@@ -49,7 +51,12 @@ pub async fn publish_all(
             }
             Change::Update { name, status } => {
                 let Some(known) = published.iter().find(|domain| domain.name_any() == name) else { continue };
+                let from = known.status.as_ref().and_then(|status| status.node_name.clone());
+                let is_handed_over = from.is_some() && status.node_name.is_some() && from != status.node_name;
                 cluster::replace_status(&api, known, *status, api::OPERATOR).await?;
+                if is_handed_over {
+                    killpoint::reached(Step::HandOverPublished);
+                }
                 name
             }
             Change::Create { name, uuid, status, taken } => {

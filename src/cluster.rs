@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::object::HasStatus;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -225,6 +226,15 @@ pub async fn connect(kubeconfig: Option<&std::path::Path>) -> anyhow::Result<Cli
         None => kube::Config::infer().await?,
     };
     Ok(Client::try_from(config)?)
+}
+
+/// The cluster's id: the first 8 hex digits of the uid of its namespace kube-system.
+///
+/// # Errors
+/// Whatever the API server says.
+pub async fn id(client: &Client) -> Result<String, kube::Error> {
+    let system = Api::<Namespace>::all(client.clone()).get("kube-system").await?;
+    Ok(system.uid().unwrap_or_default().chars().filter(char::is_ascii_hexdigit).take(8).collect())
 }
 
 #[cfg(test)]

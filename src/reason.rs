@@ -68,6 +68,10 @@ reasons! {
     Finalizing Wait "VmBackup, VmCheckpoint", "wait",
     /// The backup succeeded: an incremental can start here.
     BackupSucceeded Wait "VmCheckpoint", "nothing to do",
+    /// The bitmap that it names was found, and is whole: an incremental can start here.
+    Imported Wait "VmCheckpoint", "nothing to do",
+    /// The agent of the VM's node looks for the bitmap that it names.
+    Importing Wait "VmCheckpoint", "wait",
     /// The ticket answers: the bytes can be read.
     TicketReady Wait "ImageTransfer", "read the URL from the Secret named in status.ticketSecret",
 
@@ -101,13 +105,15 @@ reasons! {
     /// No LibvirtDomain of this name is in this namespace.
     VmNotFound Never "VmBackup, VmCheckpoint, LibvirtDomain", "list the VMs with kubectl get lvd",
     /// A disk that was named does not exist in the VM.
-    DiskNotFound Never "VmBackup, ImageTransfer", "list the disks in the LibvirtDomain's status.disks",
+    DiskNotFound Never "VmBackup, VmCheckpoint, ImageTransfer", "list the disks in the LibvirtDomain's status.disks",
     /// A disk that was named cannot be backed up, or the VM has none that can.
     DiskNotSupported Never "VmBackup, LibvirtDomain", "leave the disk out of spec.disks, or change it as the message says",
     /// No such VmCheckpoint, or no usable one to start from.
     CheckpointNotFound Never "VmBackup", "list the checkpoints with kubectl get vmcp, or set type to Full",
-    /// The checkpoint that was named is another VM's.
-    CheckpointOfOtherVm Never "VmBackup", "name a checkpoint of this VM, or leave spec.fromCheckpoint out",
+    /// The checkpoint that was named, or is to be imported, is another VM's.
+    CheckpointOfOtherVm Never "VmBackup, VmCheckpoint", "name a checkpoint of this VM: correct spec.fromCheckpoint, or spec.vmUuid",
+    /// Another VmCheckpoint names the same bitmap.
+    BitmapTaken Never "VmCheckpoint", "use the other one, and delete this one: the bitmap stays",
     /// The checkpoint's bitmaps are missing or inconsistent, or its backup did not succeed.
     CheckpointInvalid Never "VmBackup, VmCheckpoint", "delete it, and make a full backup, which starts a new chain",
     /// A disk cannot start from the checkpoint, and onInvalidCheckpoint is Fail.
@@ -121,13 +127,17 @@ reasons! {
     /// The VM was replaced by another one of the same name.
     VmReplaced Never "VmCheckpoint", "make a new backup: it starts a new chain",
     /// Who asked may not back this VM up. Refused at admission: no object is made.
-    NotPermitted Never "VmBackup", "have an admin grant the verb backup on the LibvirtDomain (ClusterRole virtmark-backup)",
+    NotPermitted Never "VmBackup, VmCheckpoint", "have an admin grant the verb backup on the LibvirtDomain (ClusterRole virtmark-backup)",
     /// The backup was not Ready within startDeadlineSeconds.
     StartDeadlineExceeded Never "VmBackup", "look at the last reason in the message, then make a new backup",
 
     // told of what was done for the user
     /// More checkpoints than maxCheckpoints: such as cannot be used any more, and then the oldest, are deleted.
     TooManyCheckpoints Never "VmBackup", "nothing to do",
+
+    /// The object is gone, and its bitmap stays: it is not this cluster's Virtmark's, was not imported, or another VmCheckpoint
+    /// names it.
+    BitmapKept Never "VmCheckpoint", "remove it with what made it, if nobody needs it",
 
     // told of the inventory
     /// Two domains have the same name: this one is published with the start of its uuid added.

@@ -72,6 +72,7 @@ pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor) -> Resul
         ("--listen", format!("127.0.0.2:{port}")),
         ("--advertise", format!("127.0.0.2:{port}")),
         ("--heartbeat-seconds", "2".to_owned()),
+        ("--look-seconds", "10".to_owned()),
     ];
     let arguments = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
     Daemon::start(&name, &binary_dir()?.join("agent"), arguments, dir)

@@ -186,7 +186,7 @@ fn record(uid: &str, target: &str) -> Record {
         vm: "v".into(),
         vm_uuid: TWO.into(),
         bitmap: Some("virtmark-1".into()),
-        base: Some(Base { bitmap: "virtmark-0".into(), created: 1, strict: false }),
+        base: Some(Base { bitmap: "virtmark-0".into(), created: 1, strict: false, noted: None }),
         disks: vec![disk],
         qemu: None,
         quiesce: QuiesceMode::None,

@@ -21,6 +21,7 @@ pub fn all(namespace: &str) -> Vec<Value> {
         agent_tickets(&agent),
         operator_secrets(&operator),
         backups(),
+        imports(&operator),
     ]
     .into_iter()
     .flatten()
@@ -136,8 +137,20 @@ fn operator_secrets(operator: &str) -> Vec<Value> {
 
 /// Who creates a VmBackup must have the verb `backup` on the LibvirtDomain that it names.
 fn backups() -> Vec<Value> {
-    let mut policy = Policy::new("virtmark-backup-verb", GROUP, &["vmbackups"], &["CREATE"]);
-    policy.validations.push(json!({
+    Policy::new("virtmark-backup-verb", GROUP, &["vmbackups"], &["CREATE"]).require_backup_verb().build(None)
+}
+
+/// And who creates a VmCheckpoint, for bitmaps that are there already: they go with it. The operator makes one with each
+/// backup that was allowed.
+fn imports(operator: &str) -> Vec<Value> {
+    Policy::new("virtmark-import-verb", GROUP, &["vmcheckpoints"], &["CREATE"])
+        .for_all_but(operator)
+        .require_backup_verb()
+        .build(None)
+}
+
+fn may_back_up() -> Value {
+    json!({
         "expression": format!(
             "authorizer.group('{GROUP}').resource('libvirtdomains').namespace(request.namespace)\
              .name(object.spec.vm).check('backup').allowed()"),
@@ -145,15 +158,14 @@ fn backups() -> Vec<Value> {
             "'NotPermitted: ' + request.userInfo.username + ' may not back up VM ' + object.spec.vm + \
              ': it needs the verb backup on libvirtdomains of group virtmark.dev in namespace ' + request.namespace",
         "reason": "Forbidden",
-    }));
-    policy.build(None)
+    })
 }
 
 /// A policy in the making.
 struct Policy {
     name: &'static str,
     rule: Value,
-    user: Option<String>,
+    who: Option<String>,
     parameters: Option<&'static str>,
     variables: Vec<Value>,
     validations: Vec<Value>,
@@ -164,11 +176,21 @@ impl Policy {
         let version = if group.is_empty() { "v1" } else { "*" };
         let rule = json!({"apiGroups": [group], "apiVersions": [version], "resources": resources,
             "operations": operations});
-        Self { name, rule, user: None, parameters: None, variables: Vec::new(), validations: Vec::new() }
+        Self { name, rule, who: None, parameters: None, variables: Vec::new(), validations: Vec::new() }
     }
 
     fn only_for(mut self, user: &str) -> Self {
-        self.user = Some(user.to_owned());
+        self.who = Some(format!("request.userInfo.username == '{user}'"));
+        self
+    }
+
+    fn for_all_but(mut self, user: &str) -> Self {
+        self.who = Some(format!("request.userInfo.username != '{user}'"));
+        self
+    }
+
+    fn require_backup_verb(mut self) -> Self {
+        self.validations.push(may_back_up());
         self
     }
 
@@ -195,8 +217,7 @@ impl Policy {
             "matchConstraints": {"resourceRules": [self.rule]},
             "validations": self.validations,
         });
-        if let Some(user) = &self.user {
-            let expression = format!("request.userInfo.username == '{user}'");
+        if let Some(expression) = &self.who {
             spec["matchConditions"] = json!([{"name": "who", "expression": expression}]);
         }
         if !self.variables.is_empty() {

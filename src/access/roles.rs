@@ -52,6 +52,8 @@ pub fn agent(namespace: &str) -> Vec<Value> {
         rule("", &["secrets"], &["create"]),
         // whether its own is cordoned; RBAC cannot say "its own"
         rule("", &["nodes"], &["get", "list", "watch"]),
+        // its uid is the cluster's id, and says which bitmaps are ours
+        json!({"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}),
         rule(EVENTS, &["events"], &["create", "patch"]),
     ];
     let here = vec![
@@ -73,7 +75,8 @@ pub fn users() -> Vec<Value> {
     let backs_up = [
         reads[0].clone(),
         rule(GROUP, &["vmbackups", "imagetransfers"], &writes),
-        rule(GROUP, &["vmcheckpoints"], &["delete"]),
+        // creating one imports bitmaps that are there already
+        rule(GROUP, &["vmcheckpoints"], &["create", "delete"]),
         // which VMs may be backed up; name some with resourceNames, in a role of your own
         rule(GROUP, &["libvirtdomains"], &["backup"]),
         // the tickets, which are bearer secrets

@@ -1,4 +1,5 @@
-//! Removal of a VmCheckpoint's bitmaps, when its object is being deleted and was bound to this node.
+//! Removal of a VmCheckpoint's bitmaps, when its object is being deleted and was bound to this node. One that was bound to
+//! it to be imported is looked at.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,6 +33,11 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
     let old = checkpoint.status.clone().unwrap_or_default();
     let reference = ObjectRef::from_obj(&*checkpoint);
     let ours = old.node_name.as_deref() == Some(&context.node);
+    if ours && old.phase == Phase::Initializing {
+        // bound to be looked at, before it is imported: what is found is told in the VM's sighting
+        context.survey.ask(&checkpoint.spec.vm_uuid, Duration::ZERO);
+        return Ok(Requeue::requeue(AGAIN));
+    }
     let clean = conditions::is_true(&old.conditions, conditions::HOST_CLEAN);
     if !ours || clean || checkpoint.meta().deletion_timestamp.is_none() {
         context.registry.removed(&reference);
@@ -45,8 +51,11 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
     }
     context.registry.await_removal(reference);
     let (host, spec) = (context.host.clone(), checkpoint.spec.clone());
+    let turn = context.survey.turn(&spec.vm_uuid).await;
     let removed = context
         .blocking(move || {
+            // libvirt is told of it for a moment, and nobody may have it forget that
+            let _turn = turn;
             let listed = host.libvirt.lookup(&spec.vm_uuid)?;
             let domain = listed.and_then(|listed| Domain::parse(&listed.xml).ok());
             let image = |target: &str| {
@@ -64,6 +73,9 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
         Ok(false) => Because::new(Reason::VmNotFound, "the VM is gone: the bitmaps are left to its images"),
         Err(error) => Because::new(Reason::FinalizeFailed, error.to_string()),
     };
+    if removed.is_ok() {
+        context.survey.ask(&checkpoint.spec.vm_uuid, Duration::from_secs(1));
+    }
     tracing::info!(checkpoint = checkpoint.name_any(), vm = checkpoint.spec.vm, "{because}");
     let new = status(&checkpoint, &old, removed.is_ok(), &because);
     if new != old {
@@ -86,8 +98,8 @@ fn status(
         VmCheckpointStatus { phase: Phase::Finalizing, observed_generation: generation, ..old.clone() };
     let failed = |target: &str| CheckpointDiskStatus {
         target: target.to_owned(),
-        consistent: None,
         message: because.shown(),
+        ..CheckpointDiskStatus::default()
     };
     new.disks = match clean {
         true => Vec::new(),

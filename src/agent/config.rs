@@ -54,6 +54,9 @@ pub struct Config {
     /// Seconds between two renewals of the Lease by which this agent says that it lives; it holds for four times that.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=600))]
     pub heartbeat_seconds: u16,
+    /// Seconds between two looks at the bitmaps of a VM of which nothing else is heard.
+    #[arg(long, env = "VIRTMARK_LOOK_SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=86400))]
+    pub look_seconds: u32,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

@@ -12,6 +12,7 @@ use super::backup::act::{Host, HostError};
 use super::cordon::Cordon;
 use super::registry::{Live, Registry};
 use super::state::{Record, StateError};
+use super::survey::{AFTER_BACKUP, Survey};
 use super::transfer::StoredTicket;
 use crate::api::DomainSighting;
 use crate::cluster::Events;
@@ -90,6 +91,8 @@ pub struct Context {
     pub host: Host,
     /// The backups of this node.
     pub(super) registry: Registry,
+    /// What is known of the domains' bitmaps.
+    pub(super) survey: Survey,
     /// The image server's tickets.
     pub tickets: Tickets,
     /// Events in this agent's name.
@@ -211,6 +214,7 @@ impl Context {
         self.registry.unclaim(uid);
         if let Some(live) = self.registry.find(uid) {
             live.released.store(true, Ordering::Relaxed);
+            self.survey.ask(&live.vm_uuid, AFTER_BACKUP);
         }
         if let Err(error) = self.host.state.forget(uid) {
             tracing::warn!(backup = uid, %error, "the record of an ended backup was not removed");

@@ -44,6 +44,7 @@ pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
         name: domain.name.chars().take(1024).collect(),
         state: listed.state,
         disks: disks.collect(),
+        checkpoints: None,
     })
 }
 
@@ -73,15 +74,16 @@ impl Inventory {
     pub async fn publish(&mut self, context: &Context) -> Result<(), AgentError> {
         let host = context.host.clone();
         let listed = context.blocking(move || Ok(host.libvirt.domains()?)).await?;
-        let seen: BTreeMap<String, DomainSightingSpec> = listed
-            .iter()
-            .filter_map(|listed| sighting(&context.node, listed))
-            .map(|spec| (spec.uuid.clone(), spec))
-            .collect();
+        let sighted =
+            listed.iter().filter_map(|listed| Some((sighting(&context.node, listed)?, listed.qemu)));
+        let sighted: Vec<_> = sighted.collect();
+        context.survey.seen(sighted.iter().map(|(spec, qemu)| (spec, *qemu)));
+        let seen: BTreeMap<String, DomainSightingSpec> =
+            sighted.into_iter().map(|(spec, _)| (spec.uuid.clone(), spec)).collect();
         let gone: Vec<String> =
             self.written.keys().filter(|uuid| !seen.contains_key(*uuid)).cloned().collect();
         for uuid in gone {
-            let name = sighting_name(&context.node, &uuid);
+            let name = api::sighting_name(&context.node, &uuid);
             match self.api.delete(&name, &DeleteParams::default()).await {
                 Err(kube::Error::Api(status)) if !status.is_not_found() => {
                     return Err(kube::Error::Api(status).into());
@@ -93,7 +95,10 @@ impl Inventory {
             tracing::info!(domain = uuid, "domain gone");
             self.written.remove(&uuid);
         }
-        for (uuid, spec) in seen {
+        for (uuid, mut spec) in seen {
+            // before the first look what an earlier process found stands
+            let told = || self.written.get(&uuid).and_then(|written| written.spec.checkpoints.clone());
+            spec.checkpoints = context.survey.report(&uuid).or_else(told);
             if self.written.get(&uuid).is_some_and(|written| written.spec == spec) {
                 continue;
             }
@@ -104,9 +109,25 @@ impl Inventory {
         Ok(())
     }
 
+    /// Adds what a look at a domain's bitmaps found to what was published of it.
+    ///
+    /// # Errors
+    /// When the API server cannot be asked.
+    pub async fn publish_look(&mut self, uuid: &str, context: &Context) -> Result<(), AgentError> {
+        let Some(written) = self.written.get(uuid) else { return Ok(()) };
+        let checkpoints = context.survey.report(uuid);
+        if checkpoints.is_none() || written.spec.checkpoints == checkpoints {
+            return Ok(());
+        }
+        let spec = DomainSightingSpec { checkpoints, ..written.spec.clone() };
+        let written = self.write(&context.node, spec).await?;
+        self.written.insert(uuid.to_owned(), written);
+        Ok(())
+    }
+
     async fn write(&self, node: &str, spec: DomainSightingSpec) -> Result<DomainSighting, AgentError> {
         let params = PostParams { field_manager: Some(api::AGENT.to_owned()), ..PostParams::default() };
-        let name = sighting_name(node, &spec.uuid);
+        let name = api::sighting_name(node, &spec.uuid);
         let known = match self.written.get(&spec.uuid) {
             Some(known) => Some(known.clone()),
             None => self.api.get_opt(&name).await?,
@@ -131,11 +152,6 @@ impl Inventory {
         killpoint::reached(Step::SightingMade);
         Ok(created)
     }
-}
-
-/// One sighting per node and domain, at a name that admission can check.
-fn sighting_name(node: &str, uuid: &str) -> String {
-    format!("{node}.{uuid}")
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //!   libvirt events ---> registry ---> backup, transfer, checkpoint reconcilers ---> status
 //!                         |                 |
 //!   state directory <-----+           libvirt, qemu-img        tickets ---> image server
+//!                                           |
+//!   DomainSightings <--- inventory <--- survey of bitmaps
 //! ```
 //!
 //! It writes only the status of objects that the operator bound to its node, its own DomainSightings, and
@@ -17,11 +19,13 @@ mod context;
 mod cordon;
 mod folder;
 mod heartbeat;
+mod image;
 pub mod inventory;
 mod registry;
 mod run;
 mod scratch;
 pub mod state;
+mod survey;
 pub mod transfer;
 
 pub use context::{AgentError, Context};

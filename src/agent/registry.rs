@@ -251,6 +251,11 @@ impl Registry {
         if holder == uid { None } else { inner.live.get(&holder).cloned() }
     }
 
+    /// Whether a backup works on a domain.
+    pub fn is_claimed(&self, vm_uuid: &str) -> bool {
+        self.inner().claims.contains_key(vm_uuid)
+    }
+
     /// Gives up the claim of the backup `uid`, and looks at those that wait for it.
     pub fn unclaim(&self, uid: &str) {
         let mut inner = self.inner();

@@ -23,6 +23,7 @@ use super::cordon::Cordon;
 use super::inventory::Inventory;
 use super::registry::{Live, Registry};
 use super::state::{StateDir, StateLock};
+use super::survey::{self, Survey};
 use super::transfer::StoredTicket;
 use super::{backup, checkpoint, cordon, heartbeat, scratch, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
@@ -83,6 +84,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             images: Arc::default(),
         },
         registry: Registry::new(wake_backup, wake_transfer, wake_checkpoint),
+        survey: Survey::default(),
         tickets: tickets.clone(),
         events: Events::new(client.clone(), api::AGENT, Some(config.node_name.clone())),
         advertised: config.advertised(),
@@ -127,12 +129,26 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         .run(checkpoint::reconcile, on_error, Arc::clone(&context))
         .for_each(|result| async { report("checkpoint", result) });
 
+    let (looked_at, mut looked) = mpsc::unbounded::<String>();
+    let look_every = Duration::from_secs(config.look_seconds.into());
     let watched = Arc::clone(&context);
     let namespace = config.system_namespace.clone();
     let inventory = async move {
         let (mut inventory, mut due) = (None, SAFETY_NET);
+        let mut next = Instant::now() + due;
         loop {
-            match tokio::time::timeout(due, notices.next()).await {
+            let heard = tokio::select! {
+                heard = tokio::time::timeout_at(next, notices.next()) => heard,
+                Some(uuid) = looked.next() => {
+                    if let Err(error) = publish_look(&mut inventory, &uuid, &watched).await {
+                        tracing::warn!(%error, "what was seen of a domain's bitmaps was not published");
+                        (inventory, due) = (None, UNPUBLISHED);
+                        next = Instant::now() + due;
+                    }
+                    continue;
+                }
+            };
+            match heard {
                 Ok(None) => return,
                 Ok(Some(notice)) => heed(&watched, notice),
                 Err(_) if due == SAFETY_NET => watched.registry.wake_domain(None),
@@ -149,6 +165,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
                     UNPUBLISHED
                 }
             };
+            next = Instant::now() + due;
         }
     };
     let kept = Arc::clone(&context);
@@ -187,6 +204,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds) => {}
         () = cordon::follow(&context) => {}
         () = scratch::watch(&context) => {}
+        () = survey::watch(&context, look_every, looked_at) => {}
         _ = async { tokio::join!(backup_controller, transfer_controller, checkpoint_controller) } => {}
         () = stop.cancelled() => {}
     }
@@ -319,6 +337,19 @@ async fn publish(
         None => inventory.insert(Inventory::load(context, namespace).await?),
     };
     loaded.publish(context).await
+}
+
+/// Publishes what a look at a domain's bitmaps found.
+async fn publish_look(
+    inventory: &mut Option<Inventory>,
+    vm_uuid: &str,
+    context: &Context,
+) -> Result<(), AgentError> {
+    match inventory {
+        Some(loaded) => loaded.publish_look(vm_uuid, context).await,
+        // what is not loaded is published as a whole, and soon
+        None => Ok(()),
+    }
 }
 
 /// Asks whether a backup and its transfers are still there, and cleans after what is gone.

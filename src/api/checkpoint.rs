@@ -23,6 +23,7 @@ use super::{Phase, schema};
     derive = "PartialEq",
     doc = "VmCheckpoint is a point in time of a virtual machine from which an incremental backup can start: a dirty bitmap in each of its qcow2 disks. Deleting it deletes the bitmaps.",
     selectable = ".spec.vm",
+    selectable = ".spec.vmUuid",
     selectable = ".status.nodeName",
     printcolumn(name = "VM", type_ = "string", json_path = ".spec.vm"),
     printcolumn(name = "Parent", type_ = "string", json_path = ".status.parent"),
@@ -37,6 +38,7 @@ use super::{Phase, schema};
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"Usable\")].reason"
     ),
+    printcolumn(name = "Dirty", type_ = "string", json_path = ".status.dirty"),
     printcolumn(name = "Taken", type_ = "date", json_path = ".spec.creationTime"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp", priority = 1)
 )]
@@ -108,7 +110,11 @@ pub struct VmCheckpointStatus {
     /// Absent when none can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<BaseRank>,
-    /// The node whose agent removes the bitmaps, while it does.
+    /// How much of its disks changed since, of those whose bitmap is whole, as last counted: `2.5Mi`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32))]
+    pub dirty: Option<String>,
+    /// The node whose agent removes the bitmaps, or looks for those that are to be imported, while it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub node_name: Option<String>,
@@ -129,16 +135,27 @@ pub enum BaseRank {
 }
 
 /// What was observed of one disk's bitmap.
-#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct CheckpointDiskStatus {
     /// The disk's target in the domain.
     #[schemars(length(max = 64))]
     pub target: String,
-    /// False once its bitmap was seen to be missing or inconsistent: no incremental starts from it any more.
+    /// Bytes of the disk that one bit of the bitmap stands for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub granularity: Option<i64>,
+    /// Bytes that changed since the checkpoint, as last counted while the VM ran; written again when they moved by a
+    /// tenth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub dirty_bytes: Option<i64>,
+    /// True when it was seen to be whole. False once its bitmap was seen to be missing or inconsistent: no incremental
+    /// starts from it any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub consistent: Option<bool>,
     /// What is wrong with it, or why it could not be removed yet.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 1024))]
     pub message: String,
 }

@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use super::{DomainDisk, DomainState, schema};
+use super::{DomainCheckpoint, DomainDisk, DomainState, schema};
 
 /// Which domain this is.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -68,6 +68,12 @@ pub struct LibvirtDomainStatus {
     #[schemars(length(max = 128))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["target".into()]))]
     pub disks: Vec<DomainDisk>,
+    /// Checkpoints that its images and libvirt hold: those of VmCheckpoints, orphans, and those of others. Of a VM that
+    /// runs, a bitmap that no VmCheckpoint and no libvirt names shows once its QEMU has stored it, when that ends.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 128))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub checkpoints: Vec<DomainCheckpoint>,
     /// Name of the last VmBackup that succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]

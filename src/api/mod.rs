@@ -11,6 +11,7 @@
 //! ```
 
 mod backup;
+mod bitmap;
 mod checkpoint;
 pub mod conditions;
 mod domain;
@@ -23,6 +24,10 @@ mod transfer;
 pub use backup::{
     BackupDisk, BackupType, DiskMode, FullReason, InvalidCheckpointPolicy, NbdExport, OfflinePolicy, Quiesce,
     QuiesceMode, TransferPolicy, VmBackup, VmBackupSpec, VmBackupStatus,
+};
+pub use bitmap::{
+    BITMAP_PREFIX, BitmapHealth, BitmapOwner, DomainCheckpoint, SightedBitmap, SightedCheckpoint,
+    bitmap_prefix,
 };
 pub use checkpoint::{
     BaseRank, CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
@@ -64,6 +69,11 @@ pub const AGENT: &str = "virtmark-agent";
 /// The name of the Lease, in the operator's namespace, by which the agent of `node` says that it lives.
 pub fn agent_lease(node: &str) -> String {
     format!("virtmark-agent-{node}")
+}
+
+/// The name of the DomainSighting of the domain `uuid` on `node`, which admission checks.
+pub fn sighting_name(node: &str, uuid: &str) -> String {
+    format!("{node}.{uuid}")
 }
 
 /// Where a one-shot object is in its life.

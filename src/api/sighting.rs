@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::schema;
+use super::{SightedCheckpoint, schema};
 
 /// A domain as one libvirt knows it. It is all report and no wish, so it has no status: a sighting is
 /// whole from the moment it is created, and admission can hold its writer to its node.
@@ -48,6 +48,11 @@ pub struct DomainSightingSpec {
     #[schemars(length(max = 128))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["target".into()]))]
     pub disks: Vec<DomainDisk>,
+    /// The dirty bitmaps in them, by name; absent until they were looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub checkpoints: Option<Vec<SightedCheckpoint>>,
 }
 
 /// Whether a domain runs (libvirt's virDomainState, as far as a backup cares).

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 
-use crate::api::{self, BaseRank, VmCheckpoint, conditions};
+use crate::api::{self, BaseRank, Phase, VmCheckpoint, conditions};
 
 /// Whether an incremental can start from it.
 pub fn is_usable(checkpoint: &VmCheckpoint) -> bool {
@@ -24,11 +24,18 @@ pub fn is_base(checkpoint: &VmCheckpoint) -> bool {
     is_usable(checkpoint) && checkpoint.metadata.deletion_timestamp.is_none()
 }
 
-/// Whether its backup ended well, whatever became of its bitmaps since.
+/// Whether its backup ended well, or it was imported, whatever became of its bitmaps since.
+pub fn is_accepted(checkpoint: &VmCheckpoint) -> bool {
+    // what waits to be imported says that it is not usable, and why
+    checkpoint.status.as_ref().is_some_and(|status| {
+        status.phase != Phase::Initializing
+            && conditions::get(&status.conditions, conditions::USABLE).is_some()
+    })
+}
+
+/// Whether it was accepted, and is not about to go.
 fn is_point(checkpoint: &VmCheckpoint) -> bool {
-    let judged =
-        |status: &api::VmCheckpointStatus| conditions::get(&status.conditions, conditions::USABLE).is_some();
-    checkpoint.status.as_ref().is_some_and(judged) && checkpoint.metadata.deletion_timestamp.is_none()
+    is_accepted(checkpoint) && checkpoint.metadata.deletion_timestamp.is_none()
 }
 
 /// Whose an object is.

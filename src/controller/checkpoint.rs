@@ -1,20 +1,24 @@
-//! VmCheckpoints: usable once their backup succeeded; removed, with their bitmaps, when they are deleted.
+//! VmCheckpoints: usable once their backup succeeded, or once what they name was found; told of what is seen of their
+//! bitmaps; removed, with these, when they are deleted.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::controller::Action as Requeue;
+use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
-use super::chain::{Chain, Place, is_usable, owner};
+use super::chain::{Chain, Place, is_accepted, is_usable, owner};
 use super::context::{Parting, is_host_clean, of_vm, parting};
 use super::domain::publish::node_of;
-use super::{Context, OperatorError};
+use super::import::{self, Verdict};
+use super::{Context, OperatorError, health};
 use crate::api::conditions::{self, Observation, Truth};
 use crate::api::{
-    self, CheckpointDiskStatus, LibvirtDomain, Phase, VmBackup, VmCheckpoint, VmCheckpointStatus,
+    self, CheckpointDiskStatus, DomainSighting, DomainSightingSpec, LibvirtDomain, Phase, VmBackup,
+    VmCheckpoint, VmCheckpointStatus,
 };
 use crate::clock;
 use crate::cluster;
@@ -64,8 +68,7 @@ pub async fn invalidate(
     }
     let new = invalidated(&checkpoint, &old, broken, clock::now());
     if is_usable(&checkpoint) && !conditions::is_true(&new.conditions, conditions::USABLE) {
-        let because = Because::new(Reason::CheckpointInvalid, "none of its bitmaps is whole any more");
-        context.events.tell(&checkpoint, true, "Check", &because).await;
+        context.events.tell(&checkpoint, true, "Check", &lost(&new)).await;
     }
     write(api, &checkpoint, &old, new).await
 }
@@ -83,16 +86,25 @@ fn invalidated(
             continue;
         }
         new.disks.retain(|disk| disk.target != *target);
-        let message = message.chars().take(1024).collect();
-        new.disks.push(CheckpointDiskStatus { target: target.clone(), consistent: Some(false), message });
+        let (target, message) = (target.clone(), message.chars().take(1024).collect());
+        let broken = CheckpointDiskStatus { target, message, ..CheckpointDiskStatus::default() };
+        new.disks.push(CheckpointDiskStatus { consistent: Some(false), ..broken });
     }
-    let is_broken =
-        |target: &str| new.disks.iter().any(|disk| disk.target == target && disk.consistent == Some(false));
-    if !checkpoint.spec.disks.iter().all(|disk| is_broken(&disk.target)) {
+    if_lost(checkpoint, new, now)
+}
+
+/// The status of one that is a base no more, when none of its bitmaps is whole. Pure.
+fn if_lost(checkpoint: &VmCheckpoint, new: VmCheckpointStatus, now: Timestamp) -> VmCheckpointStatus {
+    if !health::is_lost(checkpoint, &new) {
         return new;
     }
-    let because = Because::new(Reason::CheckpointInvalid, "none of its bitmaps is whole any more");
-    describe(&new, Phase::Failed, &because, checkpoint.metadata.generation, now)
+    let new = VmCheckpointStatus { dirty: None, ..new };
+    describe(&new, Phase::Failed, &lost(&new), checkpoint.metadata.generation, now)
+}
+
+fn lost(status: &VmCheckpointStatus) -> Because {
+    let message = format!("none of its bitmaps is whole any more: {}", health::words(status));
+    Because::new(Reason::CheckpointInvalid, message)
 }
 
 fn describe(
@@ -139,8 +151,11 @@ pub async fn reconcile(
         .get_opt(&checkpoint.spec.vm)
         .await?;
     let is_its_vm = |domain: &LibvirtDomain| domain.spec.uuid == checkpoint.spec.vm_uuid;
+    if checkpoint.metadata.deletion_timestamp.is_none() && import::is_pending(&checkpoint) {
+        return import(&checkpoint, &api, domain.as_ref(), &context).await;
+    }
     if checkpoint.metadata.deletion_timestamp.is_none() {
-        let replaced = domain.is_some_and(|domain| !is_its_vm(&domain));
+        let replaced = domain.as_ref().is_some_and(|domain| !is_its_vm(domain));
         if replaced && is_usable(&checkpoint) {
             let because = Because::new(Reason::VmReplaced, "another VM has the name now");
             let new = describe(&old, Phase::Failed, &because, checkpoint.metadata.generation, now);
@@ -150,17 +165,37 @@ pub async fn reconcile(
             return remove_unfinished(&checkpoint, &api, &context).await;
         } else {
             let Place { parent, base } = close_over(&checkpoint, &context);
-            write(&api, &checkpoint, &old, VmCheckpointStatus { parent, base, ..old.clone() }).await?;
+            let mut new = VmCheckpointStatus { parent, base, ..old.clone() };
+            let domain = domain.filter(is_its_vm);
+            let sighting = domain.as_ref().and_then(|domain| sighting_of(domain, &context));
+            if let Some(seen) = sighting.as_ref().and_then(|seen| health::sighted(&seen.spec, &checkpoint))
+                && health::is_followed(&old)
+            {
+                new = if_lost(&checkpoint, health::observed(&checkpoint, &new, seen), now);
+                let words = health::words(&new);
+                if words != health::words(&old) {
+                    let because = Because::new(Reason::CheckpointInvalid, words);
+                    context.events.tell(&*checkpoint, true, "Check", &because).await;
+                }
+            }
+            write(&api, &checkpoint, &old, new).await?;
         }
         return Ok(Requeue::requeue(SAFETY_NET));
     }
     // as soon as it is to go
     close_over(&checkpoint, &context);
+    let beside = beside(&checkpoint, &context);
+    let kept = import::keeps_bitmaps(&checkpoint, &context.cluster, beside.iter().map(|other| &**other));
+    // what an agent is told to remove it removes
+    if let Some(because) = kept.filter(|_| old.phase != Phase::Finalizing) {
+        context.events.tell(&*checkpoint, false, "Delete", &because).await;
+        cluster::release(&api, &checkpoint).await?;
+        return Ok(Requeue::await_change());
+    }
 
-    if old.node_name.is_none() {
+    if old.node_name.is_none() || old.phase != Phase::Finalizing {
         // published here, or judged by us when it was: nobody names another's VM to have its bitmaps removed
-        let is_ours = domain.as_ref().is_some_and(is_its_vm)
-            || conditions::get(&old.conditions, conditions::USABLE).is_some();
+        let is_ours = domain.as_ref().is_some_and(is_its_vm) || is_accepted(&checkpoint);
         let holder = if is_ours { holder(&checkpoint, &context).await } else { None };
         // one whose backup failed was cleaned by its agent: its backup's reconciler releases it
         let running = unfinished(&checkpoint, &context).await?;
@@ -210,12 +245,76 @@ pub async fn reconcile(
     Ok(Requeue::await_change())
 }
 
+/// Makes what a user wrote a base, once the agent of the VM's node has found what it names.
+async fn import(
+    checkpoint: &VmCheckpoint,
+    api: &Api<VmCheckpoint>,
+    domain: Option<&LibvirtDomain>,
+    context: &Context,
+) -> Result<Requeue, OperatorError> {
+    let held = cluster::hold(api, checkpoint).await?;
+    let old = held.status.clone().unwrap_or_default();
+    let sighting = domain.and_then(|domain| sighting_of(domain, context));
+    let seen = sighting.as_ref().and_then(|sighting| health::sighted(&sighting.spec, &held));
+    let node = sighting.as_ref().map(|sighting| sighting.spec.node_name.clone());
+    let beside = beside(&held, context);
+    let verdict = import::judge(&held, domain, beside.iter().map(|other| &**other), node, seen);
+    let (seen, phase, node, because) = match verdict {
+        Verdict::Wait(because) => (old.clone(), Phase::Initializing, None, because),
+        Verdict::Look(node, because) => (old.clone(), Phase::Initializing, Some(node), because),
+        Verdict::Judged(seen, phase, because) => (*seen, phase, None, because),
+    };
+    let mut new = describe(&seen, phase, &because, held.metadata.generation, clock::now());
+    new.node_name = node;
+    let told = conditions::get(&old.conditions, conditions::USABLE).map(|usable| usable.reason.clone());
+    write(api, &held, &old, new).await?;
+    if told.as_deref() != Some(because.reason.as_str()) && because.reason != Reason::Importing {
+        context.events.tell(&held, because.reason != Reason::Imported, "Import", &because).await;
+    }
+    Ok(Requeue::requeue(SAFETY_NET))
+}
+
+/// What the node says that has a domain, as far as it is published.
+fn sighting_of(domain: &LibvirtDomain, context: &Context) -> Option<Arc<DomainSighting>> {
+    let node = domain.status.as_ref()?.node_name.as_ref()?;
+    let name = api::sighting_name(node, &domain.spec.uuid);
+    context.sightings.get(&ObjectRef::new(&name).within(&context.system_namespace))
+}
+
+/// Looks again at the checkpoints whose status does not say what a sighting says of them.
+pub fn heed(sighting: &DomainSightingSpec, context: &Context) {
+    if !sighting.checkpoints.iter().flatten().any(|one| one.checkpoint_uid.is_some()) {
+        return;
+    }
+    for checkpoint in context.checkpoints.state() {
+        if checkpoint.spec.vm_uuid != sighting.uuid {
+            continue;
+        }
+        let old = checkpoint.status.clone().unwrap_or_default();
+        if let Some(seen) = health::sighted(sighting, &checkpoint)
+            && (health::is_followed(&old) || import::is_pending(&checkpoint))
+            && health::observed(&checkpoint, &old, seen) != old
+        {
+            context.wake_checkpoint(&checkpoint);
+        }
+    }
+}
+
+/// The checkpoints of its namespace.
+fn beside(checkpoint: &VmCheckpoint, context: &Context) -> Vec<Arc<VmCheckpoint>> {
+    let mut all = context.checkpoints.state();
+    all.retain(|other| {
+        other.namespace() == checkpoint.namespace() && other.spec.vm_uuid == checkpoint.spec.vm_uuid
+    });
+    all
+}
+
 /// Where a checkpoint stands in its chain, if it stays. The others are looked at again where they say otherwise of
 /// themselves.
 pub fn close_over(checkpoint: &VmCheckpoint, context: &Context) -> Place {
-    let all = context.checkpoints.state();
-    let beside = all.iter().map(|other| &**other).filter(|other| other.namespace() == checkpoint.namespace());
-    let chain = Chain::of(&checkpoint.spec.vm_uuid, owner(checkpoint.labels()), beside);
+    let beside = beside(checkpoint, context);
+    let others = beside.iter().map(|other| &**other);
+    let chain = Chain::of(&checkpoint.spec.vm_uuid, owner(checkpoint.labels()), others);
     for displaced in chain.displaced().filter(|displaced| displaced.uid() != checkpoint.uid()) {
         context.wake_checkpoint(displaced);
     }

@@ -81,8 +81,8 @@ pub struct Context {
     pub(super) wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
     pub(super) wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
     pub(super) wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
-    /// Wakes the inventory: a node came, went, or changed its health.
-    pub(super) nodes_changed: tokio::sync::Notify,
+    /// Wakes the inventory: a node came, went, or changed its health; a checkpoint came or went.
+    pub(super) inventory: tokio::sync::Notify,
     pub(super) failures: Failures,
     pub(super) secrets_deleted: Names,
 }
@@ -122,7 +122,7 @@ impl Context {
 
     /// Looks again at everything: a node changed.
     pub fn wake_all(&self) {
-        self.nodes_changed.notify_one();
+        self.inventory.notify_one();
         for backup in self.backups.state() {
             let _ = self.wake_backup.unbounded_send(ObjectRef::from_obj(&*backup));
         }

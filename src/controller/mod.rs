@@ -3,7 +3,8 @@
 //! ```text
 //!   VmBackup       gather -> resolve -> desired -> apply -> status     until it is bound; again when it ends
 //!   ImageTransfer  bind; delete its ticket Secret when it ends
-//!   VmCheckpoint   usable once its backup Succeeded; bound to a node to have its bitmaps removed
+//!   VmCheckpoint   usable once its backup Succeeded, or once an import was found whole; followed by what is seen of
+//!                  its bitmaps; bound to a node to have them removed, or looked for
 //!   DomainSighting -> LibvirtDomain
 //! ```
 //!
@@ -15,6 +16,8 @@ pub mod checkpoint;
 pub mod config;
 mod context;
 pub mod domain;
+pub mod health;
+pub mod import;
 mod lead;
 mod nodes;
 mod run;

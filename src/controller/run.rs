@@ -1,17 +1,18 @@
 //! Puts the operator together and runs it until it is told to stop.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _, channel::mpsc, stream};
-use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::jiff::SignedDuration;
 use kube::core::PartialObjectMeta;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::{WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, ResourceExt as _};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
@@ -34,7 +35,7 @@ const AT_MOST: Duration = Duration::from_secs(10);
 /// When it cannot start: no API server, no rights.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let client = cluster::connect(config.kubeconfig.as_deref()).await?;
-    let cluster = cluster_id(&client).await.context("the cluster's id, the uid of namespace kube-system")?;
+    let cluster = cluster::id(&client).await.context("the cluster's id, the uid of namespace kube-system")?;
     tracing::info!(cluster, "operator starts");
     let candidate = Candidate {
         identity: config.identity.clone(),
@@ -76,7 +77,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         wake_backup,
         wake_transfer,
         wake_checkpoint,
-        nodes_changed: tokio::sync::Notify::new(),
+        inventory: tokio::sync::Notify::new(),
         failures: super::context::Failures::default(),
         secrets_deleted: super::context::Names::default(),
     });
@@ -106,6 +107,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
     let closing = async {
         while let Some(checkpoint) = gone_checkpoints.next().await {
             checkpoint::close_over(&checkpoint, &context);
+            context.inventory.notify_one();
         }
     };
     tokio::select! {
@@ -119,6 +121,15 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
     }
 }
 
+/// What the inventory hears.
+enum Heard {
+    Nothing,
+    /// One sighting.
+    Sighting(Box<DomainSighting>),
+    /// Anything may be otherwise.
+    Much,
+}
+
 /// Follows the sightings, and publishes again what somebody deleted.
 async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Context) {
     let sightings = Api::<DomainSighting>::namespaced(context.client.clone(), &config.system_namespace);
@@ -128,15 +139,19 @@ async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Co
     );
     let any = watcher::Config::default;
     // a list is whole only when it is done
-    let seen = watcher(sightings, any())
-        .default_backoff()
-        .reflect(writer)
-        .map_ok(|event| !matches!(event, watcher::Event::Init | watcher::Event::InitApply(_)));
-    let deleted =
-        watcher(domains, any()).default_backoff().map_ok(|event| matches!(event, watcher::Event::Delete(_)));
+    let seen = watcher(sightings, any()).default_backoff().reflect(writer).map_ok(|event| match event {
+        watcher::Event::Init | watcher::Event::InitApply(_) => Heard::Nothing,
+        watcher::Event::Apply(sighting) => Heard::Sighting(Box::new(sighting)),
+        watcher::Event::InitDone | watcher::Event::Delete(_) => Heard::Much,
+    });
+    let deleted = watcher(domains, any()).default_backoff().map_ok(|event| match event {
+        watcher::Event::Delete(_) => Heard::Much,
+        _ => Heard::Nothing,
+    });
     let mut changes = stream::select(seen.boxed(), deleted.boxed());
     let grace = SignedDuration::from_secs(config.missing_grace_seconds.into());
-    let mut pause = SAFETY_NET;
+    let (mut pause, mut next) = (SAFETY_NET, Instant::now() + SAFETY_NET);
+    let mut shown = HashMap::new();
     loop {
         tokio::select! {
             change = changes.next() => match change {
@@ -145,11 +160,22 @@ async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Co
                     tracing::warn!(%error, "watching the inventory");
                     continue;
                 }
-                Some(Ok(false)) => continue,
-                Some(Ok(true)) => {}
+                Some(Ok(Heard::Nothing)) => continue,
+                Some(Ok(Heard::Sighting(sighting))) => {
+                    checkpoint::heed(&sighting.spec, context);
+                    let now = domain::publish::shown(&sighting.spec);
+                    if shown.insert(sighting.name_any(), now.clone()) == Some(now) {
+                        // numbers that stand in VmCheckpoints only
+                        continue;
+                    }
+                }
+                Some(Ok(Heard::Much)) => {
+                    shown.clear();
+                    context.sightings.state().iter().for_each(|seen| checkpoint::heed(&seen.spec, context));
+                }
             },
-            () = context.nodes_changed.notified() => {}
-            () = tokio::time::sleep(pause) => {}
+            () = context.inventory.notified() => {}
+            () = tokio::time::sleep_until(next) => {}
         }
         // what cannot be published now, in a namespace that is being deleted, say, does not hold up what is seen
         pause = match domain::publish_all(&config.domains_namespace, grace, context).await {
@@ -160,12 +186,8 @@ async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Co
                 if pause == SAFETY_NET { AGAIN } else { (pause * 2).clamp(AGAIN, AT_MOST) }
             }
         };
+        next = Instant::now() + pause;
     }
-}
-
-async fn cluster_id(client: &Client) -> anyhow::Result<String> {
-    let system = Api::<Namespace>::all(client.clone()).get("kube-system").await?;
-    Ok(system.uid().unwrap_or_default().chars().filter(char::is_ascii_hexdigit).take(8).collect())
 }
 
 fn report<K>(

@@ -130,6 +130,44 @@ pub(super) fn checkpoint_delete(
     deleted
 }
 
+/// The XML of a checkpoint that libvirt knows; with `sizes` QEMU counts what each of its bitmaps calls dirty.
+pub(super) fn checkpoint_xml(domain: &Domain, name: &str, sizes: bool) -> Result<String, LibvirtError> {
+    let name = c_string(name)?;
+    // SAFETY: the domain pointer lives as long as `domain`; the string outlives the call.
+    let checkpoint = unsafe { sys::virDomainCheckpointLookupByName(domain.as_ptr(), name.as_ptr(), 0) };
+    if checkpoint.is_null() {
+        return last();
+    }
+    let sizes = if sizes { sys::VIR_DOMAIN_CHECKPOINT_XML_SIZE } else { 0 };
+    let flags = sys::VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN | sizes;
+    // SAFETY: the look-up gave a valid reference.
+    let xml = take_string(unsafe { sys::virDomainCheckpointGetXMLDesc(checkpoint, flags) });
+    // SAFETY: the look-up gave us one reference, which ends here. Its result cannot matter any more.
+    unsafe { sys::virDomainCheckpointFree(checkpoint) };
+    xml
+}
+
+/// The names of the checkpoints that libvirt knows.
+pub(super) fn checkpoint_names(domain: &Domain) -> Result<Vec<String>, LibvirtError> {
+    let mut list: *mut sys::virDomainCheckpointPtr = ptr::null_mut();
+    // SAFETY: the domain pointer lives as long as `domain`; libvirt puts an array of its own at `list`.
+    let count = unsafe { sys::virDomainListAllCheckpoints(domain.as_ptr(), &raw mut list, 0) };
+    check(count)?;
+    let mut names = Vec::new();
+    for at in 0..usize::try_from(count).unwrap_or_default() {
+        // SAFETY: the array has `count` valid references.
+        let checkpoint = unsafe { *list.add(at) };
+        // SAFETY: the reference is valid; its name lives as long as it does, and is copied first.
+        let name = unsafe { CStr::from_ptr(sys::virDomainCheckpointGetName(checkpoint)) };
+        names.push(name.to_string_lossy().into_owned());
+        // SAFETY: each reference of the array is ours to give up, once.
+        unsafe { sys::virDomainCheckpointFree(checkpoint) };
+    }
+    // SAFETY: the array came from malloc, and nothing else holds it.
+    unsafe { libc_free(list.cast()) };
+    Ok(names)
+}
+
 extern "C" fn on_lifecycle(
     _: sys::virConnectPtr,
     domain: sys::virDomainPtr,

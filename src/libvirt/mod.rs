@@ -73,6 +73,17 @@ impl LibvirtError {
         self.code == virt::sys::VIR_ERR_ARGUMENT_UNSUPPORTED
     }
 
+    /// A checkpoint cannot be redefined, for a bitmap is missing or broken, or its disk is not there
+    /// (`VIR_ERR_CHECKPOINT_INCONSISTENT`).
+    pub fn is_inconsistent(&self) -> bool {
+        self.code == virt::sys::VIR_ERR_CHECKPOINT_INCONSISTENT || self.is_no_disk()
+    }
+
+    /// A disk that was named is not there.
+    pub fn is_no_disk(&self) -> bool {
+        self.message.contains("no disk named")
+    }
+
     /// The checkpoint does not exist (`VIR_ERR_NO_DOMAIN_CHECKPOINT`).
     pub fn is_no_checkpoint(&self) -> bool {
         self.code == virt::sys::VIR_ERR_NO_DOMAIN_CHECKPOINT
@@ -278,6 +289,34 @@ impl Libvirt {
     /// libvirt's: a bitmap is missing or inconsistent.
     pub fn checkpoint_redefine(&self, uuid: &str, xml: &str, validate: bool) -> Result<(), LibvirtError> {
         ffi::checkpoint_redefine(&self.domain(uuid)?, xml, validate)
+    }
+
+    /// The names of the checkpoints that libvirt knows of a domain, in the order of their names.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn checkpoint_names(&self, uuid: &str) -> Result<Vec<String>, LibvirtError> {
+        let mut names = ffi::checkpoint_names(&self.domain(uuid)?)?;
+        names.sort();
+        Ok(names)
+    }
+
+    /// The disks of a checkpoint that libvirt knows; `None` when it does not know it. With `count` QEMU counts the dirty
+    /// bytes of each, and one that cannot be counted has none.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn checkpoint_disks(
+        &self,
+        uuid: &str,
+        name: &str,
+        count: bool,
+    ) -> Result<Option<Vec<xml::NotedDisk>>, LibvirtError> {
+        match ffi::checkpoint_xml(&self.domain(uuid)?, name, count) {
+            Ok(xml) => Ok(Some(xml::noted_disks(&xml))),
+            Err(error) if error.is_no_checkpoint() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Deletes a checkpoint that libvirt knows, with its bitmaps, those that a killed QEMU left inconsistent too. Bitmaps

@@ -183,8 +183,8 @@ fn only_who_may_back_a_vm_up_does() -> Result<()> {
                 "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": SYSTEM_NAMESPACE}]}]});
         rig.bed.kubectl().run_with(&["apply", "-f", "-"], &objects.to_string())
     };
-    let creates =
-        json!({"apiGroups": ["virtmark.dev"], "resources": ["vmbackups"], "verbs": ["create", "delete"]});
+    let creates = json!({"apiGroups": ["virtmark.dev"], "resources": ["vmbackups", "vmcheckpoints"],
+        "verbs": ["create", "delete"]});
     let backs_up = json!({"apiGroups": ["virtmark.dev"], "resources": ["libvirtdomains"], "verbs": ["backup"],
         "resourceNames": ["permitted"]});
     role("may-create", &json!([creates]))?;
@@ -198,6 +198,18 @@ fn only_who_may_back_a_vm_up_does() -> Result<()> {
     refused("another VM", create("may-back-up", "guarded"), "NotPermitted")?;
     create("may-back-up", "permitted")?;
     rig.kubectl(&["delete", "vmbackup", "may-back-up-permitted", "--timeout=30s"])?;
+    // and no VmCheckpoint either, for its bitmaps go with it
+    let import = |account: &str, vm: &str| -> Result<String> {
+        let checkpoint = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmCheckpoint",
+            "metadata": {"name": format!("{account}-{vm}"), "namespace": VM_NAMESPACE},
+            "spec": {"vm": vm, "vmUuid": rig.vm.uuid, "bitmap": "b", "creationTime": "2026-11-25T00:00:00Z",
+                "disks": [{"target": "vda", "format": "qcow2"}]}});
+        with_token(&rig, account, None)?.run_with(&["create", "-f", "-"], &checkpoint.to_string())
+    };
+    refused("an import without the verb", import("may-create", "permitted"), "NotPermitted")?;
+    refused("an import of another VM's", import("may-back-up", "guarded"), "NotPermitted")?;
+    import("may-back-up", "permitted")?;
+    rig.kubectl(&["delete", "vmcheckpoint", "may-back-up-permitted", "--timeout=30s"])?;
     for account in ["may-create", "may-back-up"] {
         rig.kubectl(&["delete", "role,rolebinding", account])?;
         rig.bed.kubectl().run(&["-n", SYSTEM_NAMESPACE, "delete", "serviceaccount", account])?;

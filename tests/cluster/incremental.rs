@@ -348,7 +348,7 @@ fn plug(rig: &Rig, target: &str) -> Result<()> {
 }
 
 /// Removes a bitmap of a running VM through QEMU itself.
-fn remove_bitmap(rig: &Rig, target: &str, bitmap: &str) -> Result<()> {
+pub fn remove_bitmap(rig: &Rig, target: &str, bitmap: &str) -> Result<()> {
     let node = rig.vm.hypervisor();
     let said =
         node.virsh(&["qemu-monitor-command", &rig.vm.name, r#"{"execute":"query-named-block-nodes"}"#])?;

@@ -5,11 +5,13 @@
 
 mod access;
 mod backups;
+mod bitmaps;
 mod chain;
 mod checkpoints;
 mod costs;
 mod crds;
 mod guests;
+mod imports;
 mod incremental;
 mod inventory;
 mod limits;

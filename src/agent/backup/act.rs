@@ -2,17 +2,17 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::life::{Action, Freeze, Report};
-use crate::agent::state::{Record, StateDir, StateError};
+use crate::agent::image::{qemu_img, read_locked};
+use crate::agent::state::{Base, Record, StateDir, StateError};
 use crate::api::{FullReason, QuiesceMode};
 use crate::killpoint;
 use crate::libvirt::xml::{self, Domain};
-use crate::libvirt::{DomainJob, Libvirt, LibvirtError, Listed, one_line};
+use crate::libvirt::{DomainJob, Libvirt, LibvirtError, Listed};
 use crate::reason::{Because, Reason};
 use crate::step::Step;
 
@@ -129,8 +129,8 @@ impl Host {
                 None => Ok(()),
             },
             Action::ForgetBase => match &record.base {
-                Some(base) => self.forget(&record.vm_uuid, &base.bitmap),
-                None => Ok(()),
+                Some(base) if base.noted != Some(true) => self.forget(&record.vm_uuid, &base.bitmap),
+                _ => Ok(()),
             },
             Action::RemoveFiles => self.state.remove_run(&record.uid).map_err(HostError::from),
         };
@@ -154,6 +154,10 @@ impl Host {
         let domain = Domain::parse(&listed.xml).map_err(|_| HostError::NoDomain)?;
         let owner = domain.qemu_owner();
         record.qemu = listed.qemu;
+        if let Some(base) = record.base.as_mut().filter(|base| base.noted.is_none()) {
+            let known = self.libvirt.checkpoint_disks(&record.vm_uuid, &base.bitmap, false)?;
+            base.noted = Some(known.is_some());
+        }
         let run = self.state.make_run(&record.uid)?;
         for planned in &mut record.disks {
             let missing = || HostError::NoDisk(planned.target.clone());
@@ -180,16 +184,20 @@ impl Host {
     /// or fails the backup, and no other: each is asked for alone when all together are refused.
     fn redefine(&self, record: &mut Record) -> Result<(), HostError> {
         let Some(base) = record.base.clone() else { return Ok(()) };
+        if base.noted == Some(true) {
+            return self.rely_on_note(record, &base);
+        }
         // an earlier try may have made it for other disks
         self.forget(&record.vm_uuid, &base.bitmap)?;
+        let vm_uuid = record.vm_uuid.clone();
         let define = |targets: &[&str]| {
             let xml = xml::checkpoint_xml(&base.bitmap, targets, Some(base.created));
-            self.libvirt.checkpoint_redefine(&record.vm_uuid, &xml, true)
+            self.libvirt.checkpoint_redefine(&vm_uuid, &xml, true)
         };
         let wanted: Vec<_> =
             record.disks.iter().filter(|disk| disk.incremental).map(|disk| disk.target.clone()).collect();
         match define(&wanted.iter().map(String::as_str).collect::<Vec<_>>()) {
-            Err(error) if names_no_bitmap(&error) => {}
+            Err(error) if error.is_inconsistent() => {}
             other => return Ok(other?),
         }
         let (mut whole, mut refused) = (Vec::new(), Vec::new());
@@ -199,21 +207,33 @@ impl Host {
                     self.forget(&record.vm_uuid, &base.bitmap)?;
                     whole.push(target.as_str());
                 }
-                Err(error) if names_no_bitmap(&error) => refused.push((target.clone(), error.message)),
+                Err(error) if error.is_inconsistent() => refused.push((target.clone(), error.message)),
                 Err(error) => return Err(error.into()),
             }
         }
-        for (target, message) in &refused {
-            for disk in record.disks.iter_mut().filter(|disk| disk.target == *target) {
-                disk.incremental = false;
-                disk.full_because = Some((FullReason::BitmapInvalid, Some(message.clone())));
-            }
+        let whole: Vec<_> = whole.into_iter().map(str::to_owned).collect();
+        read_in_full(record, refused, base.strict)?;
+        match whole.as_slice() {
+            [] => Ok(()),
+            whole => Ok(define(&whole.iter().map(String::as_str).collect::<Vec<_>>())?),
         }
-        match refused.into_iter().next().filter(|_| base.strict) {
-            Some((disk, message)) => Err(HostError::Redefine { disk, message }),
-            None if whole.is_empty() => Ok(()),
-            None => Ok(define(&whole)?),
-        }
+    }
+
+    /// libvirt knows the base, from another product, and goes on knowing it. A disk of it that QEMU cannot count is not whole.
+    fn rely_on_note(&self, record: &mut Record, base: &Base) -> Result<(), HostError> {
+        let counted = self.libvirt.checkpoint_disks(&record.vm_uuid, &base.bitmap, true)?.unwrap_or_default();
+        let is_whole =
+            |target: &str| counted.iter().any(|disk| disk.target == target && disk.dirty.is_some());
+        let refused =
+            record.disks.iter().filter(|disk| disk.incremental && !is_whole(&disk.target)).map(|disk| {
+                let (bitmap, target) = (&base.bitmap, &disk.target);
+                (
+                    target.clone(),
+                    format!("libvirt cannot count bitmap {bitmap} of disk {target}: it is missing or broken"),
+                )
+            });
+        let refused = refused.collect();
+        read_in_full(record, refused, base.strict)
     }
 
     fn freeze(&self, record: &Record) -> Result<Freeze, HostError> {
@@ -378,8 +398,8 @@ impl Host {
         for (_, image) in disks {
             let mut layer = image.clone().filter(|image| image.exists());
             while let Some(image) = layer {
-                let info = info_of(&image)?;
-                if info.has(bitmap) {
+                let info = read_locked(&image)?;
+                if info.bitmap(bitmap).is_some() {
                     // a VM that was started meanwhile must find its images unlocked: ask as late as can be
                     if self.libvirt.qemu(vm_uuid)?.is_some() {
                         return self.delete_live(vm_uuid, bitmap, disks).map(|()| true);
@@ -409,11 +429,26 @@ impl Host {
                     self.libvirt.checkpoint_delete(vm_uuid, bitmap)?;
                     killpoint::reached(Step::BitmapDeleted);
                 }
-                Err(error) if names_no_disk(&error) => {}
+                Err(error) if error.is_no_disk() => {}
                 Err(error) => return Err(error.into()),
             }
         }
         Ok(())
+    }
+}
+
+/// Notes which disks are read in full because their bitmap, with libvirt's words, is not whole; `strict`: that fails the
+/// backup.
+fn read_in_full(record: &mut Record, refused: Vec<(String, String)>, strict: bool) -> Result<(), HostError> {
+    for (target, message) in &refused {
+        for disk in record.disks.iter_mut().filter(|disk| disk.target == *target) {
+            disk.incremental = false;
+            disk.full_because = Some((FullReason::BitmapInvalid, Some(message.clone())));
+        }
+    }
+    match refused.into_iter().next().filter(|_| strict) {
+        Some((disk, message)) => Err(HostError::Redefine { disk, message }),
+        None => Ok(()),
     }
 }
 
@@ -432,62 +467,10 @@ pub enum Job {
     Lost,
 }
 
-/// The redefinition was refused because a bitmap is missing or broken, or its disk is not there.
-fn names_no_bitmap(error: &LibvirtError) -> bool {
-    error.code == virt::sys::VIR_ERR_CHECKPOINT_INCONSISTENT || names_no_disk(error)
-}
-
-/// The disk is not there.
-fn names_no_disk(error: &LibvirtError) -> bool {
-    error.message.contains("no disk named")
-}
-
 /// The disks of the record's checkpoint, with their images.
 fn bitmap_disks(record: &Record) -> Vec<(String, Option<PathBuf>)> {
     let disks = record.disks.iter().filter(|disk| disk.in_checkpoint);
     disks.map(|disk| (disk.target.clone(), disk.image.clone())).collect()
-}
-
-/// What qemu-img says of a qcow2 image.
-#[derive(serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Info {
-    full_backing_filename: Option<PathBuf>,
-    backing_filename_format: Option<String>,
-    #[serde(default)]
-    format_specific: serde_json::Value,
-}
-
-impl Info {
-    fn has(&self, bitmap: &str) -> bool {
-        let bitmaps = self.format_specific.pointer("/data/bitmaps").and_then(serde_json::Value::as_array);
-        let mut names = bitmaps.into_iter().flatten().filter_map(|bitmap| bitmap.get("name")?.as_str());
-        names.any(|name| name == bitmap)
-    }
-
-    /// The image below, where it is known to be a qcow2 one: what a guest wrote into a raw one may look like anything.
-    fn below(self) -> Option<PathBuf> {
-        self.full_backing_filename.filter(|_| self.backing_filename_format.as_deref() == Some("qcow2"))
-    }
-}
-
-/// Read-only, of an image that nobody writes. Beside a writer that stores its bitmaps they may seem to be gone: then this
-/// fails, for it asks for the image's lock.
-fn info_of(image: &Path) -> Result<Info, HostError> {
-    let info =
-        qemu_img("info", &["--output=json".as_ref(), "-f".as_ref(), "qcow2".as_ref(), image.as_ref()])?;
-    serde_json::from_slice(&info)
-        .map_err(|error| HostError::QemuImg { verb: "info", message: error.to_string() })
-}
-
-fn qemu_img(verb: &'static str, arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8>, HostError> {
-    let failed = |message: String| HostError::QemuImg { verb, message };
-    let output = Command::new("qemu-img").arg(verb).args(arguments).output();
-    let output = output.map_err(|error| failed(error.to_string()))?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    Err(failed(one_line(&String::from_utf8_lossy(&output.stderr), 512)))
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {

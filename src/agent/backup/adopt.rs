@@ -8,7 +8,9 @@ use super::life::{Held, Life, Outcome};
 use crate::agent::registry::Live;
 use crate::agent::state::{Base, PlannedDisk, Record};
 use crate::agent::{AgentError, Context};
-use crate::api::{DiskMode, InvalidCheckpointPolicy, Phase, VmBackup, VmBackupStatus, VmCheckpoint};
+use crate::api::{
+    BITMAP_PREFIX, DiskMode, InvalidCheckpointPolicy, Phase, VmBackup, VmBackupStatus, VmCheckpoint,
+};
 use crate::reason::{Because, Reason};
 
 /// The record of a backup that was just bound. `None` when there is nothing to do for it here.
@@ -33,6 +35,8 @@ pub(super) async fn adopt(
     };
     let bitmap = find(&status.to_checkpoint).await?.map(|checkpoint| checkpoint.spec.bitmap);
     let base = find(&status.from_checkpoint).await?.map(|checkpoint| Base {
+        // what libvirt knows of ours was left by an earlier try of ours
+        noted: checkpoint.spec.bitmap.starts_with(BITMAP_PREFIX).then_some(false),
         bitmap: checkpoint.spec.bitmap,
         created: checkpoint.spec.creation_time.0.as_second(),
         strict: backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail,

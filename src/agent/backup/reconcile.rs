@@ -353,9 +353,14 @@ async fn perform(action: Action, record: &mut Record, context: &Context) -> Resu
     if action == Action::AbortJob {
         context.end_tickets(&record.uid).await;
     }
+    // who looks at the bitmaps finishes first; nobody begins to while this backup has its claim
+    let turn = if action == Action::Redefine { context.survey.turn(&record.vm_uuid).await } else { None };
     let required = record.quiesce == api::QuiesceMode::Required;
     let (host, mut moved) = (context.host.clone(), record.clone());
-    let work = context.blocking(move || Ok((host.perform(action, &mut moved), moved)));
+    let work = context.blocking(move || {
+        let _turn = turn;
+        Ok((host.perform(action, &mut moved), moved))
+    });
     tokio::pin!(work);
     let bound = Duration::from_secs(u64::try_from(record.quiesce_seconds).unwrap_or_default());
     let frozen = action == Action::Begin && record.life.held.frozen;

@@ -75,6 +75,10 @@ pub struct Base {
     pub created: i64,
     /// A disk whose bitmap is not whole fails the backup, and is not read in full.
     pub strict: bool,
+    /// Whether libvirt knew it before this backup came: then it is another product's, whose note is left as it is. `None`
+    /// until that was asked.
+    #[serde(default)]
+    pub noted: Option<bool>,
 }
 
 /// One disk of a backup.

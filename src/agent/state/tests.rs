@@ -73,7 +73,10 @@ fn a_record_that_leads_elsewhere_is_none() {
         Record { name: "../x".into(), ..good.clone() },
         Record { namespace: String::new(), ..good.clone() },
         Record { bitmap: Some("a b".into()), ..good.clone() },
-        Record { base: Some(Base { bitmap: "<x>".into(), created: 1, strict: false }), ..good.clone() },
+        Record {
+            base: Some(Base { bitmap: "<x>".into(), created: 1, strict: false, noted: None }),
+            ..good.clone()
+        },
         Record { disks: vec![disk("../vda", "/i")], ..good.clone() },
         Record { disks: vec![disk("vda", "json:{}")], ..good.clone() },
     ] {

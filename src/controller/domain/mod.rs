@@ -8,7 +8,7 @@ use k8s_openapi::jiff::SignedDuration;
 use kube::api::{ListParams, ObjectMeta};
 use kube::{Api, ResourceExt as _};
 
-use self::publish::{Change, publish};
+use self::publish::{Change, Marks, publish};
 use super::backup::resolve::NodeHealth;
 use super::{Context, OperatorError};
 use crate::api::{self, LibvirtDomain, LibvirtDomainSpec};
@@ -39,7 +39,14 @@ pub async fn publish_all(
             lost.insert(node);
         }
     }
-    for change in publish(&seen, &published, &lost, grace, clock::now()) {
+    let checkpoints = context.checkpoints.state();
+    let here = checkpoints.iter().filter(|checkpoint| checkpoint.namespace().as_deref() == Some(namespace));
+    let named = here.map(|checkpoint| {
+        let spec = &checkpoint.spec;
+        ((spec.vm_uuid.clone(), spec.bitmap.clone()), checkpoint.name_any())
+    });
+    let marks = Marks { cluster: context.cluster.clone(), named: named.collect() };
+    for change in publish(&seen, &published, &marks, &lost, grace, clock::now()) {
         let name = match change {
             Change::Delete { name } => {
                 let uid = published

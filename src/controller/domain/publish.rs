@@ -1,12 +1,15 @@
 //! From what the nodes' libvirts say to what users see: a pure function of all sightings to all changes.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 
 use crate::api::conditions::{self, Observation, Standing, Truth};
-use crate::api::{BackupSupport, DomainSightingSpec, DomainState, LibvirtDomain, LibvirtDomainStatus};
+use crate::api::{
+    BackupSupport, BitmapHealth, BitmapOwner, DomainCheckpoint, DomainSightingSpec, DomainState,
+    LibvirtDomain, LibvirtDomainStatus, bitmap_prefix,
+};
 use crate::reason::Reason;
 
 /// One write to the API.
@@ -37,10 +40,50 @@ pub enum Change {
     },
 }
 
+/// Whose bitmaps are whose.
+#[derive(Clone, Debug, Default)]
+pub struct Marks {
+    /// The cluster's id, by which bitmaps are told that are ours.
+    pub cluster: String,
+    /// By the uuid of a VM and the name of a bitmap, the VmCheckpoint that names it.
+    pub named: HashMap<(String, String), String>,
+}
+
+impl Marks {
+    /// The checkpoints that a sighting tells of, as users see them; those of `old` until its domain was looked at.
+    fn list(&self, sighting: &DomainSightingSpec, old: &[DomainCheckpoint]) -> Vec<DomainCheckpoint> {
+        let Some(seen) = &sighting.checkpoints else { return old.to_vec() };
+        let prefix = bitmap_prefix(&self.cluster);
+        let all = seen.iter().filter_map(|one| {
+            let there = one.disks.iter().filter(|disk| disk.health != BitmapHealth::Missing);
+            let disks: Vec<_> = there.map(|disk| disk.target.clone()).collect();
+            let is_ours = one.name.starts_with(&prefix);
+            let key = (sighting.uuid.clone(), one.name.clone());
+            (!disks.is_empty()).then(|| DomainCheckpoint {
+                name: one.name.clone(),
+                disks,
+                owner: if is_ours { BitmapOwner::Virtmark } else { BitmapOwner::Foreign },
+                vm_checkpoint: self.named.get(&key).cloned(),
+            })
+        });
+        all.collect()
+    }
+}
+
+/// A sighting without what no LibvirtDomain shows.
+pub fn shown(sighting: &DomainSightingSpec) -> DomainSightingSpec {
+    let mut shown = sighting.clone();
+    for bitmap in shown.checkpoints.iter_mut().flatten().flat_map(|one| &mut one.disks) {
+        (bitmap.dirty_bytes, bitmap.granularity, bitmap.message) = (None, None, None);
+    }
+    shown
+}
+
 /// What must change, deletions first.
 pub fn publish(
     sightings: &[DomainSightingSpec],
     published: &[LibvirtDomain],
+    marks: &Marks,
     lost_nodes: &HashSet<String>,
     grace: SignedDuration,
     now: Timestamp,
@@ -55,7 +98,7 @@ pub fn publish(
         let old = domain.status.clone().unwrap_or_default();
         let seen = by_uuid.get(domain.spec.uuid.as_str());
         let new = match seen.and_then(|seen| winner(seen, old.node_name.as_deref())) {
-            Some(sighting) => seen_status(&old, sighting, domain.metadata.generation, now),
+            Some(sighting) => seen_status(&old, sighting, marks, domain.metadata.generation, now),
             None => unseen_status(&old, lost_nodes, domain.metadata.generation, now),
         };
         let replaced = new.state == Some(DomainState::Missing)
@@ -84,7 +127,7 @@ pub fn publish(
         changes.push(Change::Create {
             name,
             uuid: (*uuid).to_owned(),
-            status: Box::new(seen_status(&LibvirtDomainStatus::default(), sighting, Some(1), now)),
+            status: Box::new(seen_status(&LibvirtDomainStatus::default(), sighting, marks, Some(1), now)),
             taken: is_taken.then_some(wanted),
         });
     }
@@ -114,6 +157,7 @@ fn winner<'a>(seen: &[&'a DomainSightingSpec], holder: Option<&str>) -> Option<&
 fn seen_status(
     old: &LibvirtDomainStatus,
     sighting: &DomainSightingSpec,
+    marks: &Marks,
     generation: Option<i64>,
     now: Timestamp,
 ) -> LibvirtDomainStatus {
@@ -126,6 +170,7 @@ fn seen_status(
         domain_name: Some(sighting.name.clone()),
         incremental: Some(format!("{incremental}/{supported}")),
         disks: sighting.disks.clone(),
+        checkpoints: marks.list(sighting, &old.checkpoints),
         ..old.clone()
     };
     let (standing, reason, message) = match (sighting.state, supported) {
@@ -218,6 +263,7 @@ mod tests {
             name: name.into(),
             state,
             disks: vec![],
+            checkpoints: None,
         }
     }
 
@@ -246,9 +292,13 @@ mod tests {
 
     fn round(world: &mut Vec<LibvirtDomain>, sightings: &[DomainSightingSpec], lost: &[&str], now: i64) {
         let lost = lost.iter().map(|node| (*node).to_owned()).collect();
-        let changes = publish(sightings, world, &lost, SignedDuration::from_secs(60), at(now));
+        let marks = Marks {
+            cluster: "0a1b2c3d".to_owned(),
+            named: HashMap::from([((A.to_owned(), "virtmark-0a1b2c3d-x".to_owned()), "x".to_owned())]),
+        };
+        let changes = publish(sightings, world, &marks, &lost, SignedDuration::from_secs(60), at(now));
         apply(world, changes);
-        let again = publish(sightings, world, &lost, SignedDuration::from_secs(60), at(now));
+        let again = publish(sightings, world, &marks, &lost, SignedDuration::from_secs(60), at(now));
         assert_eq!(again, [], "once said, nothing is said again");
     }
 
@@ -329,7 +379,8 @@ mod tests {
         let disk: crate::api::DomainDisk = serde_json::from_value(disk).unwrap();
         let said = |state, disks: &[crate::api::DomainDisk]| {
             let sighting = DomainSightingSpec { disks: disks.to_vec(), ..sighting("n", A, "db01", state) };
-            let status = seen_status(&LibvirtDomainStatus::default(), &sighting, Some(1), at(1));
+            let status =
+                seen_status(&LibvirtDomainStatus::default(), &sighting, &Marks::default(), Some(1), at(1));
             [conditions::READY, conditions::RECONCILING, conditions::STALLED]
                 .map(|kind| conditions::is_true(&status.conditions, kind))
         };
@@ -339,6 +390,45 @@ mod tests {
         assert_eq!(said(DomainState::Busy, &disks), [false, true, false]);
         assert_eq!(said(DomainState::Off, &disks), [false, false, false]);
         assert_eq!(said(DomainState::Running, &[]), [false, false, true]);
+    }
+
+    #[test]
+    fn every_checkpoint_is_listed_ours_orphans_and_those_of_others() {
+        let mut world = vec![];
+        let plain = sighting("node-a", A, "db01", DomainState::Running);
+        let bitmap = |target: &str, health: &str| {
+            serde_json::json!({"target": target, "health": health,
+            "dirtyBytes": 65536, "granularity": 65536})
+        };
+        let checkpoints = serde_json::json!([
+            {"name": "virtmark-0a1b2c3d-gone", "disks": [bitmap("vda", "Missing")]},
+            {"name": "virtmark-0a1b2c3d-orphan", "disks": [bitmap("vda", "Broken"), bitmap("vdb", "Unknown")]},
+            {"name": "virtmark-0a1b2c3d-x", "disks": [bitmap("vda", "Whole"), bitmap("vdb", "Missing")]},
+            {"name": "virtmark-ffffffff-y", "disks": [bitmap("vda", "Unknown")]},
+            {"name": "virtnbdbackup.0", "disks": [bitmap("vda", "Unknown")]}]);
+        let checkpoints = Some(serde_json::from_value(checkpoints).unwrap());
+        let looked = DomainSightingSpec { checkpoints, ..plain.clone() };
+        round(&mut world, std::slice::from_ref(&looked), &[], 1);
+        let listed = |world: &[LibvirtDomain]| -> Vec<(String, String, BitmapOwner, Option<String>)> {
+            let all = world[0].status.clone().unwrap().checkpoints.into_iter();
+            all.map(|one| (one.name, one.disks.join(","), one.owner, one.vm_checkpoint)).collect()
+        };
+        let row = |name: &str, disks: &str, owner, vmcp: Option<&str>| {
+            (name.to_owned(), disks.to_owned(), owner, vmcp.map(str::to_owned))
+        };
+        let expected = [
+            row("virtmark-0a1b2c3d-orphan", "vda,vdb", BitmapOwner::Virtmark, None),
+            row("virtmark-0a1b2c3d-x", "vda", BitmapOwner::Virtmark, Some("x")),
+            row("virtmark-ffffffff-y", "vda", BitmapOwner::Foreign, None),
+            row("virtnbdbackup.0", "vda", BitmapOwner::Foreign, None),
+        ];
+        assert_eq!(listed(&world), expected);
+        assert_eq!(shown(&looked), shown(&shown(&looked)));
+        assert!(shown(&looked).checkpoints.unwrap()[2].disks[0].dirty_bytes.is_none());
+
+        // on another node it was not looked at yet
+        round(&mut world, &[DomainSightingSpec { node_name: "node-b".to_owned(), ..plain }], &[], 2);
+        assert_eq!(listed(&world), expected);
     }
 
     #[test]

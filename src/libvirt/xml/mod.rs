@@ -316,6 +316,44 @@ pub fn checkpoint_xml(name: &str, disks: &[&str], created: Option<i64>) -> Strin
     xml + "</disks></domaincheckpoint>"
 }
 
+/// One disk of a checkpoint that libvirt knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotedDisk {
+    /// Its target.
+    pub target: String,
+    /// Bytes that its bitmap calls dirty, where QEMU could count them.
+    pub dirty: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Noted {
+    #[serde(default)]
+    disks: NotedDisks,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct NotedDisks {
+    #[serde(default, rename = "disk")]
+    disks: Vec<NotedBitmap>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NotedBitmap {
+    #[serde(rename = "@name", default)]
+    name: String,
+    #[serde(rename = "@checkpoint", default)]
+    kind: String,
+    #[serde(rename = "@size", default)]
+    size: Option<u64>,
+}
+
+/// The disks with a bitmap of a `<domaincheckpoint>` (libvirt, formatcheckpoint); none of what is not one.
+pub fn noted_disks(xml: &str) -> Vec<NotedDisk> {
+    let noted = quick_xml::de::from_str::<Noted>(xml).map(|noted| noted.disks.disks).unwrap_or_default();
+    let noted = noted.into_iter().filter(|disk| disk.kind == "bitmap");
+    noted.map(|disk| NotedDisk { target: disk.name, dirty: disk.size }).collect()
+}
+
 /// A text as an attribute's value or an element's text. Blanks too are written as references: in an attribute a
 /// parser takes them for spaces.
 fn escape(text: &str) -> String {

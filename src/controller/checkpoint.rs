@@ -217,13 +217,20 @@ pub async fn reconcile(
                 killpoint::reached(Step::RemovalBound);
                 return Ok(Requeue::requeue(SAFETY_NET));
             }
-            _ => {
-                let message =
-                    format!("the VM is gone: bitmap {} is left to its images", checkpoint.spec.bitmap);
-                context
-                    .events
-                    .tell(&*checkpoint, false, "Delete", &Because::new(Reason::VmNotFound, message))
-                    .await;
+            gone => {
+                let bitmap = &checkpoint.spec.bitmap;
+                let because = match gone {
+                    Some(node) => {
+                        let message =
+                            format!("node {node} is gone: bitmap {bitmap} was not removed and may be left");
+                        Because::new(Reason::HostCleanupAbandoned, message)
+                    }
+                    None => {
+                        let message = format!("the VM is gone: bitmap {bitmap} is left to its images");
+                        Because::new(Reason::VmNotFound, message)
+                    }
+                };
+                context.events.tell(&*checkpoint, false, "Delete", &because).await;
                 cluster::release(&api, &checkpoint).await?;
                 return Ok(Requeue::await_change());
             }

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use virtmark_bed::{Disk, wait_until};
 
+use super::bitmaps::{bitmap, listed};
 use super::chain::{Chain, Point};
 use super::rig::{BOUND, MIB, Rig, merge};
 
@@ -121,6 +122,30 @@ fn the_chain_is_shown_and_closes_over_what_is_deleted_running_paused_or_off() ->
     for disk in disks {
         holds(&rig, disk, &[])?;
     }
+    Ok(())
+}
+
+#[test]
+fn one_of_a_vm_that_is_gone_goes_and_leaves_an_orphan() -> Result<()> {
+    let rig = Rig::running("departed", [Disk::qcow2("vda", 8 * MIB)])?;
+    let chain = Chain::of(&rig, "departed");
+    let point = chain.take("departed-1", json!({}), || Ok(()))?;
+    let name = bitmap(&rig, point.checkpoint())?;
+    rig.vm.destroy()?;
+    rig.vm.undefine()?;
+    rig.published("Missing")?;
+    delete(&rig, &point)?;
+    wait_until(BOUND, "an Event that says what is left", || {
+        Ok(rig.events(point.checkpoint())?.contains(&"VmNotFound".to_owned()).then_some(()))
+    })?;
+    // it comes back, and what was left is listed
+    rig.vm.redefine()?;
+    rig.published("Off")?;
+    wait_until(BOUND, "the orphan to be listed", || {
+        let found = listed(&rig, &name)?;
+        Ok((found["owner"] == "Virtmark" && found["vmCheckpoint"].is_null()).then_some(()))
+    })?;
+    assert_eq!(rig.bitmaps("vda")?, [name]);
     Ok(())
 }
 

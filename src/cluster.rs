@@ -3,11 +3,13 @@
 //! Status is written whole, at the resourceVersion it was computed from; a conflict means compute again.
 
 use std::fmt::Debug;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::object::HasStatus;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::runtime::utils::Backoff;
@@ -17,8 +19,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use crate::api::{FINALIZER, OPERATOR};
+use crate::api::{DomainSighting, FINALIZER, OPERATOR};
 use crate::reason::{Because, Reason};
+
+/// How often the operator looks whether the store was put back.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Replaces the status of `object` by a new one.
 ///
@@ -38,7 +43,9 @@ where
     object.meta_mut().managed_fields = None;
     *object.status_mut() = Some(status);
     let params = PostParams { field_manager: Some(manager.to_owned()), ..PostParams::default() };
-    api.replace_status(&object.name_any(), &params, &object).await
+    let written = api.replace_status(&object.name_any(), &params, &object).await?;
+    went_back(written.meta().resource_version.as_deref(), false);
+    Ok(written)
 }
 
 /// Whether `object` is what the API server has now. A watch is often behind our own last write: asking first
@@ -66,11 +73,14 @@ where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
 {
     let (reader, writer) = reflector::store();
-    let changes = watcher(api, config).backoff(Patience::default()).reflect(writer).inspect(move |event| {
-        if let Ok(watcher::Event::Delete(object)) = event {
-            left(object);
-        }
-    });
+    let changes =
+        watcher(api, config).backoff(Patience::default()).reflect(writer).inspect(move |event| match event {
+            Ok(watcher::Event::Delete(object)) => left(object),
+            Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
+                went_back(object.meta().resource_version.as_deref(), false);
+            }
+            _ => {}
+        });
     let changes = changes.applied_objects().filter_map(|change| async {
         change.inspect_err(|error| tracing::warn!(kind = %K::kind(&()), %error, "watching")).ok().map(Ok)
     });
@@ -213,6 +223,51 @@ fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
     }
 }
 
+/// What a process says that ends because the store was [put back](went_back).
+pub const REWOUND: &str = "the API server's store was put back to an earlier state: what was watched is no more, so this starts \
+    anew";
+
+/// The newest version of the API server's store that this process has seen, in whatever it read, watched or wrote.
+static NEWEST: AtomicU64 = AtomicU64::new(0);
+
+/// Notes the version of something that was just read, watched or written. True when it proves that the store was put back
+/// to an earlier state, as when etcd is restored: `fresh`, it is the store's own of this moment, and these only grow.
+/// Watches go on from versions that are to come then, and see nothing until they do.
+pub fn went_back(version: Option<&str>, fresh: bool) -> bool {
+    let Some(version) = version.and_then(|version| version.parse().ok()) else { return false };
+    NEWEST.fetch_max(version, Ordering::Relaxed) > version && fresh
+}
+
+/// Comes back once the API server's store was put back to an earlier state.
+pub async fn rewound(client: &Client, namespace: &str) {
+    let any = Api::<DomainSighting>::namespaced(client.clone(), namespace);
+    loop {
+        tokio::time::sleep(LOOK).await;
+        // the list's own version is the store's
+        if let Ok(list) = any.list_metadata(&ListParams::default().limit(1)).await
+            && went_back(list.metadata.resource_version.as_deref(), true)
+        {
+            // whoever reads from now on is not behind
+            NEWEST.store(0, Ordering::Relaxed);
+            tracing::error!("{REWOUND}");
+            return;
+        }
+    }
+}
+
+/// Whether the kind `K` itself is being removed, and all its objects with it.
+///
+/// # Errors
+/// Whatever the API server says.
+pub async fn is_being_removed<K>(client: &Client) -> Result<bool, kube::Error>
+where
+    K: Resource<DynamicType = ()>,
+{
+    let name = format!("{}.{}", K::plural(&()), K::group(&()));
+    let definition = Api::<CustomResourceDefinition>::all(client.clone()).get_metadata_opt(&name).await?;
+    Ok(definition.is_none_or(|definition| definition.metadata.deletion_timestamp.is_some()))
+}
+
 /// A client for the API server that `kubeconfig` names, or the environment does, or the pod runs under.
 ///
 /// # Errors
@@ -240,6 +295,14 @@ pub async fn id(client: &Client) -> Result<String, kube::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_only_grow_unless_the_store_was_put_back() {
+        let seen = [("7", true), ("7", true), ("20", false), ("19", false), ("opaque", true), ("21", true)];
+        assert!(!seen.into_iter().any(|(version, fresh)| went_back(Some(version), fresh)));
+        assert!(went_back(Some("20"), true), "21 was there before");
+        assert!(!went_back(None, true));
+    }
 
     #[test]
     fn a_watch_asks_again_within_seconds_however_long_the_api_server_was_away() {

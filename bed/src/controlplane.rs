@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -15,6 +16,7 @@ use crate::daemon::Daemon;
 use crate::golang;
 use crate::kubectl::Kubectl;
 use crate::pki::Pki;
+use crate::vm::run;
 use crate::wait::wait_until;
 
 const GO_MOD: &str = include_str!("../controlplane/go.mod");
@@ -142,6 +144,36 @@ impl ControlPlane {
         write_kubeconfig(&plane.kubeconfig, &plane, &user)?;
         plane.ready()?;
         Ok(plane)
+    }
+
+    fn store(&self) -> PathBuf {
+        self.kubeconfig.with_file_name("etcd")
+    }
+
+    /// Copies all that etcd has to `copy`, which must not be there. It is away meanwhile.
+    ///
+    /// # Errors
+    /// When it cannot be copied, or etcd does not come back.
+    pub fn save(&mut self, copy: &Path) -> Result<()> {
+        self.etcd.kill();
+        let copied = run(Command::new("cp").arg("-a").arg(self.store()).arg(copy));
+        self.etcd.restart(&[])?;
+        self.ready()?;
+        copied
+    }
+
+    /// Puts etcd back to what was saved, as an administrator restores it.
+    ///
+    /// # Errors
+    /// When it cannot be copied, or they do not come back.
+    pub fn put_back(&mut self, copy: &Path) -> Result<()> {
+        self.apiserver.kill();
+        self.etcd.kill();
+        fs::remove_dir_all(self.store())?;
+        run(Command::new("cp").arg("-a").arg(copy).arg(self.store()))?;
+        self.etcd.restart(&[])?;
+        self.apiserver.restart(&[])?;
+        self.ready()
     }
 
     /// Waits until the API server is ready.

@@ -34,6 +34,9 @@ pub fn operator(namespace: &str) -> Vec<Value> {
         rule("", &["nodes"], &["get", "list", "watch"]),
         // its uid is the cluster's id
         json!({"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}),
+        // whether the kind itself is being removed: its bitmaps stay then
+        json!({"apiGroups": ["apiextensions.k8s.io"], "resources": ["customresourcedefinitions"],
+            "resourceNames": ["vmcheckpoints.virtmark.dev"], "verbs": ["get"]}),
         rule(EVENTS, &["events"], &["create", "patch"]),
     ];
     let here = vec![

@@ -12,19 +12,24 @@ use kube::{Api, Client};
 
 use crate::api;
 use crate::clock;
+use crate::cluster;
 
 /// A lease holds for this many beats, so that one that is late is not missed.
 const BEATS: i32 = 4;
 
-/// Renews the Lease of `node` every `seconds`, for ever.
+/// Renews the Lease of `node` every `seconds`, until the API server's store was put back to an earlier state.
 pub async fn beat(client: Client, namespace: &str, node: &str, seconds: u16) {
     let leases = Api::<Lease>::namespaced(client, namespace);
     let params = PatchParams::apply(api::AGENT).force();
     loop {
         let lease = lease(node, seconds, clock::now());
         let name = api::agent_lease(node);
-        if let Err(error) = leases.patch(&name, &params, &Patch::Apply(&lease)).await {
-            tracing::warn!(%error, "the agent's Lease was not renewed: nothing new is bound to this node meanwhile");
+        match leases.patch(&name, &params, &Patch::Apply(&lease)).await {
+            Ok(lease) if cluster::went_back(lease.metadata.resource_version.as_deref(), true) => return,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "the agent's Lease was not renewed: nothing new is bound to this node meanwhile");
+            }
         }
         tokio::time::sleep(Duration::from_secs(seconds.into())).await;
     }

@@ -56,6 +56,12 @@ const LOCKED: Duration = Duration::from_millis(500);
 /// How often served ranges are stored.
 const STORE: Duration = Duration::from_secs(5);
 
+/// Every how many of these rounds old records are removed: once an hour.
+const TIDY: u64 = 720;
+
+/// For how long it is known what succeeded: an API server that is restored from an older copy is not believed blindly.
+const SUCCEEDED: SignedDuration = SignedDuration::from_hours(7 * 24);
+
 /// Runs the agent until `stop`.
 ///
 /// # Errors
@@ -151,7 +157,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             match heard {
                 Ok(None) => return,
                 Ok(Some(notice)) => heed(&watched, notice),
-                Err(_) if due == SAFETY_NET => watched.registry.wake_domain(None),
+                Err(_) if due == SAFETY_NET => {
+                    watched.registry.wake_domain(None);
+                    // somebody may have deleted what was written
+                    inventory = None;
+                }
                 Err(_) => {}
             }
             while let Ok(more) = notices.try_recv() {
@@ -181,9 +191,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
                     if round.is_multiple_of(THAW) {
                         thaw(&kept).await;
                     }
-                    let host = kept.host.clone();
-                    if let Err(error) = kept.blocking(move || host.remove_orphans()).await {
-                        tracing::warn!(%error, "bitmaps of failed backups are left");
+                    let (host, tidies) = (kept.host.clone(), round % TIDY == 1);
+                    let kept_since = clock::now() - SUCCEEDED;
+                    let tidied = kept.blocking(move || {
+                        if tidies {
+                            host.state.forget_succeeded(kept_since)?;
+                        }
+                        Ok(host.remove_orphans()?)
+                    });
+                    if let Err(error) = tidied.await {
+                        tracing::warn!(%error, "bitmaps of failed backups, or old records, are left");
                     }
                     // what left the watch while it was down left without a word: ask, once in a while
                     keep(&kept, round.is_multiple_of(DOUBT)).await;
@@ -201,7 +218,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         served = serve_images(listen, &tickets, &stop) => served?,
         () = inventory => {}
         () = keeper => {}
-        () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds) => {}
+        () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds) => {
+            keep(&context, false).await;
+            anyhow::bail!(cluster::REWOUND);
+        }
         () = cordon::follow(&context) => {}
         () = scratch::watch(&context) => {}
         () = survey::watch(&context, look_every, looked_at) => {}

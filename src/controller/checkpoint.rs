@@ -182,6 +182,15 @@ pub async fn reconcile(
         }
         return Ok(Requeue::requeue(SAFETY_NET));
     }
+    if old.node_name.is_none() && cluster::is_being_removed::<VmCheckpoint>(&context.client).await? {
+        // nobody who removes the kind asked for the bitmaps: a chain goes on when its objects are applied again
+        let message =
+            format!("the kind is being removed: bitmap {} stays in the images", checkpoint.spec.bitmap);
+        let because = Because::new(Reason::BitmapKept, message);
+        context.events.tell(&*checkpoint, false, "Delete", &because).await;
+        cluster::release(&api, &checkpoint).await?;
+        return Ok(Requeue::await_change());
+    }
     // as soon as it is to go
     close_over(&checkpoint, &context);
     let beside = beside(&checkpoint, &context);

@@ -118,6 +118,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         () = checkpoints => {}
         () = inventory(config, seen, &context) => {}
         () = nodes::follow(&context) => {}
+        () = cluster::rewound(client, &config.system_namespace) => {}
     }
 }
 

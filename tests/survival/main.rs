@@ -21,6 +21,7 @@ mod nodes;
 mod objects;
 mod outages;
 mod readers;
+mod restored;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod rig;

@@ -24,6 +24,11 @@ pub(super) async fn adopt(
     else {
         return Ok(None);
     };
+    // the API may be one that was put back to a state of before: never again what succeeded
+    if let Some(record) = context.host.state.succeeded(&uid)?.filter(|record| record.vm_uuid == vm_uuid) {
+        tracing::info!(backup = uid, vm = record.vm, "it had succeeded already");
+        return Ok(Some(context.registry.insert(&uid, Live::new(record))));
+    }
     let checkpoints = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
     let find = async |name: &Option<String>| -> Result<Option<VmCheckpoint>, AgentError> {
         let Some(name) = name else { return Ok(None) };
@@ -54,8 +59,8 @@ pub(super) async fn adopt(
     if matches!(status.phase, Phase::Ready | Phase::Finalizing) {
         // never a second point in time: what was read of the first one is not known any more
         let message = "this agent's record of it is lost: what was served is not known";
-        life.held =
-            Held { files: true, checkpoint: bitmap.is_some(), base: base.is_some(), ..Held::default() };
+        // bitmaps that no record says were made for this backup may be somebody's chain: they stay, and are listed
+        life.held = Held { files: true, base: base.is_some(), ..Held::default() };
         life.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
     }
     let record = Record {

@@ -113,6 +113,9 @@ pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Resu
         }
     }
 
+    if record.has_succeeded() {
+        context.host.state.store_succeeded(&record)?;
+    }
     let phase = write_status(&backup, &old, &live, &record, &gathered, &context).await?;
     context.registry.wake_transfers(&uid);
     if phase.is_terminal() {

@@ -6,6 +6,7 @@
 //!                             /ticket-<transfer uid>.json   0600: it holds the bearer secret
 //!   STATE/backups                                   locked by the one agent that works with it
 //!   STATE/orphans/<backup uid>.json                 the record of a failed backup whose VM was gone with its bitmaps
+//!   STATE/succeeded/<backup uid>.json               for a week, the record of one that succeeded
 //!   RUN/<backup uid>/          scratch images and the NBD socket, owned by the VM's QEMU
 //! ```
 //!
@@ -19,6 +20,7 @@ mod record;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use k8s_openapi::jiff::Timestamp;
 use rustix::fs::Mode;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -78,6 +80,7 @@ pub struct StateLock {
 pub struct StateDir {
     state: PathBuf,
     orphans: PathBuf,
+    succeeded: PathBuf,
     run: PathBuf,
 }
 
@@ -87,10 +90,16 @@ impl StateDir {
     /// # Errors
     /// When they cannot be made.
     pub fn open(state: &Path, run: &Path) -> Result<Self, StateError> {
-        let dir = Self { state: state.join("backups"), orphans: state.join("orphans"), run: run.to_owned() };
+        let dir = Self {
+            state: state.join("backups"),
+            orphans: state.join("orphans"),
+            succeeded: state.join("succeeded"),
+            run: run.to_owned(),
+        };
         let folder = Folder::make(state, Mode::RWXU).map_err(io_error(state))?;
         folder.make_folder("backups").map_err(io_error(&dir.state))?;
         folder.make_folder("orphans").map_err(io_error(&dir.orphans))?;
+        folder.make_folder("succeeded").map_err(io_error(&dir.succeeded))?;
         let passable = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
         Folder::make(&dir.run, passable).map_err(io_error(&dir.run))?;
         Ok(dir)
@@ -338,6 +347,44 @@ impl StateDir {
     pub fn forget_orphan(&self, uid: &str) -> Result<(), StateError> {
         let name = format!("{}.json", checked(uid)?);
         self.orphaned()?.remove(&name).map_err(io_error(&self.orphans.join(&name)))
+    }
+
+    fn past(&self) -> Result<Folder, StateError> {
+        Folder::open(&self.succeeded).map_err(io_error(&self.succeeded))
+    }
+
+    /// Keeps the record of a backup that succeeded: an API server that is restored from a copy may ask for it again.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn store_succeeded(&self, record: &Record) -> Result<(), StateError> {
+        let name = format!("{}.json", checked(&record.uid)?);
+        let path = self.succeeded.join(&name);
+        self.past()?.write(&name, &json(&path, record)?).map_err(io_error(&path))
+    }
+
+    /// The record of a backup that succeeded, where it is still kept and can be believed.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn succeeded(&self, uid: &str) -> Result<Option<Record>, StateError> {
+        let record = read_json::<Record>(&self.past()?, &format!("{}.json", checked(uid)?)).ok().flatten();
+        Ok(record.filter(|record| record.uid == uid && record.unsound().is_none() && record.has_succeeded()))
+    }
+
+    /// Forgets the records of backups that succeeded before `since`.
+    ///
+    /// # Errors
+    /// When the folder cannot be read, or one cannot be removed.
+    pub fn forget_succeeded(&self, since: Timestamp) -> Result<(), StateError> {
+        let folder = self.past()?;
+        for name in folder.names().map_err(io_error(&self.succeeded))? {
+            let record = read_json::<Record>(&folder, &name).ok().flatten();
+            if record.is_none_or(|record| record.life.ready_at.is_none_or(|ready| ready < since)) {
+                folder.remove(&name).map_err(io_error(&self.succeeded.join(&name)))?;
+            }
+        }
+        Ok(())
     }
 
     /// Uids of run folders that no record knows: a crash between the two left them.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::checked;
-use crate::agent::backup::life::Life;
+use crate::agent::backup::life::{Life, Outcome};
 use crate::api::{FullReason, QuiesceMode, is_disk_target};
 
 /// What is to be done for one backup, fixed when it is bound, and how far it went.
@@ -40,6 +40,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether the backup succeeded, and nothing of it is left on the host.
+    pub fn has_succeeded(&self) -> bool {
+        self.life.is_ended() && self.life.outcome == Some(Outcome::Succeeded)
+    }
+
     /// What of it cannot be so in a record that an agent wrote: it would lead to other files or objects.
     pub fn unsound(&self) -> Option<&'static str> {
         let name = |text: &str, more: &[u8], longest: usize| {

@@ -13,7 +13,7 @@ export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 .PHONY: demo test test-outages test-others soak bench fuzz up down build lint prerequisites
 
 demo: build
-	$(bed) demo
+	$(bed) --hypervisors 2 demo
 
 up: build
 	$(bed) --hypervisors 2 up

@@ -1,5 +1,7 @@
 //! The demo: the main job, narrated, with the real output of real commands.
 
+mod chain;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,6 +11,9 @@ use virtmark_bed::component::VM_NAMESPACE;
 use virtmark_bed::{Bed, Disk, Plan, compare, wait_until};
 
 const MIB: u64 = 1 << 20;
+
+/// The VM's disks: a qcow2 and a raw one.
+const DISKS: [&str; 2] = ["vda", "vdb"];
 
 /// A terminal on which commands are typed.
 struct Stage<'a> {
@@ -27,7 +32,7 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
     let node = bed.hypervisors.first().context("no hypervisor")?;
 
     stage.title("a VM runs, with a qcow2 and a raw disk");
-    let vm =
+    let mut vm =
         Plan::new("db01").disk(Disk::qcow2("vda", 6 << 30)).disk(Disk::raw("vdb", 512 * MIB)).start(node)?;
     for (offset, length, pattern) in
         [(0, 4 * MIB, 0x11), (1 << 30, 64 * MIB, 0x22), (6 * (1 << 30) - MIB, MIB, 0x33)]
@@ -35,10 +40,7 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
         vm.write("vda", offset, length, pattern)?;
     }
     vm.write("vdb", 100 * MIB, 10 * MIB, 0x44)?;
-    wait_until(Duration::from_secs(20), "the VM to be published", || {
-        let state = ["get", "lvd", "db01", "-n", VM_NAMESPACE, "-o", "jsonpath={.status.state}"];
-        Ok((kubectl.run(&state).is_ok_and(|state| state == "Running")).then_some(()))
-    })?;
+    stage.published("{.status.state}", "Running")?;
     stage.show(&["get", "lvd"])?;
 
     stage.title("kubectl apply of a VmBackup opens a point in time of its disks");
@@ -48,16 +50,15 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
     println!("(apply to Ready, as kubectl sees it: {} ms)", applied.elapsed().as_millis());
     let follower = stage.follow("db01-monday")?;
     stage.show(&["get", "vmbackups,imagetransfers,vmcheckpoints"])?;
-    let disks = ["vda", "vdb"];
     let then: Vec<(&str, PathBuf)> =
-        disks.iter().map(|disk| Ok((*disk, vm.remember(disk)?))).collect::<Result<_>>()?;
+        DISKS.iter().map(|disk| Ok((*disk, vm.remember(disk)?))).collect::<Result<_>>()?;
 
     stage.title("the guest goes on writing; the point in time does not see it");
     vm.write("vda", 2 * MIB, MIB, 0xee)?;
     vm.write("vdb", 105 * MIB, MIB, 0xee)?;
 
     stage.title("finalizing before all was read is not obeyed: that would be a gap");
-    stage.patch("Finalized")?;
+    stage.patch("db01-monday", "Finalized")?;
     let reason = ["get", "vmbackup", "db01-monday", "-n", VM_NAMESPACE, "-o"];
     let reason =
         [reason.as_slice(), &["jsonpath={.status.conditions[?(@.type==\"Ready\")].reason}"]].concat();
@@ -71,7 +72,7 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
     std::fs::create_dir_all(&directory)?;
     for ((disk, remembered), over) in then.iter().zip(["https", "unix"]) {
         let image = directory.join(format!("{disk}.qcow2"));
-        stage.download(&format!("db01-monday-{disk}"), &image, over)?;
+        stage.download(&format!("db01-monday-{disk}"), &image, over, None)?;
         compare(remembered, &image, "qcow2")?;
         println!("{disk}: every byte is what the guest's disk held at the point in time");
     }
@@ -91,9 +92,11 @@ pub fn run(bed: &Bed, repository: &Path) -> Result<()> {
         bail!("examples/follow.py did not see it succeed");
     }
 
+    stage.chain(&mut vm, &directory)?;
+
     stage.title("the whole round as an integrator writes it: examples/backup.py");
     stage.example_backup(&directory.join("py"))?;
-    for disk in disks {
+    for disk in DISKS {
         compare(&vm.mirror(disk), &directory.join("py").join(format!("{disk}.qcow2")), "qcow2")?;
     }
     println!("both images are what the guest's disks held");
@@ -122,9 +125,18 @@ impl Stage<'_> {
         self.repository.join("examples").join(name).to_string_lossy().into_owned()
     }
 
-    fn patch(&self, state: &str) -> Result<()> {
+    fn patch(&self, backup: &str, state: &str) -> Result<()> {
         let patch = format!("{{\"spec\":{{\"state\":\"{state}\"}}}}");
-        self.show(&["patch", "vmbackup", "db01-monday", "--type=merge", "-p", &patch])
+        self.show(&["patch", "vmbackup", backup, "--type=merge", "-p", &patch])
+    }
+
+    /// Waits until the inventory says of the VM what it should.
+    fn published(&self, path: &str, expected: &str) -> Result<()> {
+        let kubectl = self.bed.kubectl();
+        wait_until(Duration::from_secs(20), &format!("the VM to be published with {expected}"), || {
+            let get = ["get", "lvd", "db01", "-n", VM_NAMESPACE, "-o", &format!("jsonpath={path}")];
+            Ok((kubectl.run(&get).is_ok_and(|found| found == expected)).then_some(()))
+        })
     }
 
     fn python(&self) -> Result<Command> {
@@ -138,25 +150,29 @@ impl Stage<'_> {
 
     /// Reads one transfer with the stock client. On 127.0.0.1 it finds the server to be local, and takes the
     /// unix socket; on 127.0.0.2 it stays with HTTPS.
-    fn download(&self, transfer: &str, image: &Path, over: &str) -> Result<()> {
+    /// With `base`, an image beside it, what changed is put over that.
+    fn download(&self, transfer: &str, image: &Path, over: &str, base: Option<&str>) -> Result<()> {
+        let more = base.map(|base| format!(", incremental=True, backing_file={base:?}")).unwrap_or_default();
         println!(
-            "$ python: ovirt_imageio.client.download(url, {:?}, ca, fmt=\"qcow2\")   # {over}",
+            "$ python: ovirt_imageio.client.download(url, {:?}, ca, fmt=\"qcow2\"{more})   # {over}",
             image.display()
         );
         let script = "
 import base64, json, subprocess, sys, tempfile
 from ovirt_imageio import client
-namespace, transfer, image, over = sys.argv[1:]
+namespace, transfer, image, over, base = sys.argv[1:]
+more = dict(incremental=True, backing_file=base, backing_format='qcow2') if base else {}
 get = lambda *what: json.loads(subprocess.check_output(['kubectl', '-n', namespace, 'get', *what, '-o', 'json']))
 name = get('imagetransfer', transfer)['status']['ticketSecret']
 secret = {key: base64.b64decode(value).decode() for key, value in get('secret', name)['data'].items()}
 url = secret['url'].replace('127.0.0.2', '127.0.0.1') if over == 'unix' else secret['url']
 with tempfile.NamedTemporaryFile('w') as ca:
     ca.write(secret['ca.crt']); ca.flush()
-    client.download(url, image, ca.name, fmt='qcow2', max_workers=4)
+    client.download(url, image, ca.name, fmt='qcow2', max_workers=4, **more)
 ";
-        let status =
-            self.python()?.args(["-c", script, VM_NAMESPACE, transfer]).arg(image).arg(over).status()?;
+        let mut python = self.python()?;
+        python.args(["-c", script, VM_NAMESPACE, transfer]).arg(image).args([over, base.unwrap_or_default()]);
+        let status = python.status()?;
         if !status.success() {
             bail!("the stock client failed");
         }
@@ -212,7 +228,7 @@ with tempfile.NamedTemporaryFile('w') as ca:
         let writes = [("operator", "virtmark-operator"), ("agent", "virtmark-agent")];
         for (name, account) in writes {
             let all = self.bed.writes_by(account)?;
-            println!("# API writes by the {name}, both backups and the inventory: {}", all.len());
+            println!("# API writes by the {name}, five backups and the inventory: {}", all.len());
         }
         for component in std::iter::once(&self.bed.operator).chain(&self.bed.agents) {
             println!("# {} is resident with {} MiB", component.name, component.rss_kib()? >> 10);

@@ -19,11 +19,16 @@ use super::config::Config;
 use super::context::{Context, OperatorError};
 use super::lead::{Candidate, lead};
 use super::{backup, checkpoint, domain, nodes, transfer};
-use crate::api::{self, DomainSighting, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
+use crate::api::{
+    self, DomainSighting, DomainSightingSpec, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint,
+};
 use crate::cluster::{self, Events};
 
 /// How often the inventory is compared although no sighting changed.
 const SAFETY_NET: Duration = Duration::from_secs(60);
+
+/// How many changes of sightings are taken as one, at most.
+const MEANWHILE: usize = 1024;
 
 /// How soon to try again what could not be published, at first and in the end.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -127,6 +132,8 @@ enum Heard {
     Nothing,
     /// One sighting.
     Sighting(Box<DomainSighting>),
+    /// All of them.
+    All,
     /// Anything may be otherwise.
     Much,
 }
@@ -143,40 +150,48 @@ async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Co
     let seen = watcher(sightings, any()).default_backoff().reflect(writer).map_ok(|event| match event {
         watcher::Event::Init | watcher::Event::InitApply(_) => Heard::Nothing,
         watcher::Event::Apply(sighting) => Heard::Sighting(Box::new(sighting)),
-        watcher::Event::InitDone | watcher::Event::Delete(_) => Heard::Much,
+        watcher::Event::InitDone => Heard::All,
+        watcher::Event::Delete(_) => Heard::Much,
     });
     let deleted = watcher(domains, any()).default_backoff().map_ok(|event| match event {
         watcher::Event::Delete(_) => Heard::Much,
         _ => Heard::Nothing,
     });
-    let mut changes = stream::select(seen.boxed(), deleted.boxed());
+    // what came meanwhile is one change: everything is compared each time
+    let mut changes = stream::select(seen.boxed(), deleted.boxed()).ready_chunks(MEANWHILE);
     let grace = SignedDuration::from_secs(config.missing_grace_seconds.into());
     let (mut pause, mut next) = (SAFETY_NET, Instant::now() + SAFETY_NET);
-    let mut shown = HashMap::new();
+    let (mut shown, mut complete) = (HashMap::new(), false);
     loop {
         tokio::select! {
             change = changes.next() => match change {
                 None => return,
-                Some(Err(error)) => {
-                    tracing::warn!(%error, "watching the inventory");
-                    continue;
-                }
-                Some(Ok(Heard::Nothing)) => continue,
-                Some(Ok(Heard::Sighting(sighting))) => {
-                    checkpoint::heed(&sighting.spec, context);
-                    let now = domain::publish::shown(&sighting.spec);
-                    if shown.insert(sighting.name_any(), now.clone()) == Some(now) {
-                        // numbers that stand in VmCheckpoints only
+                Some(changes) => {
+                    let mut changed = false;
+                    for change in changes {
+                        changed |= match change {
+                            Ok(heard) => {
+                                complete |= matches!(heard, Heard::All);
+                                heed(heard, &mut shown, context)
+                            }
+                            Err(error) => {
+                                tracing::warn!(%error, "watching the inventory");
+                                false
+                            }
+                        };
+                    }
+                    if !changed {
                         continue;
                     }
-                }
-                Some(Ok(Heard::Much)) => {
-                    shown.clear();
-                    context.sightings.state().iter().for_each(|seen| checkpoint::heed(&seen.spec, context));
                 }
             },
             () = context.inventory.notified() => {}
             () = tokio::time::sleep_until(next) => {}
+        }
+        if !complete {
+            // a domain that was not heard of yet is not missing
+            next = Instant::now() + SAFETY_NET;
+            continue;
         }
         // what cannot be published now, in a namespace that is being deleted, say, does not hold up what is seen
         pause = match domain::publish_all(&config.domains_namespace, grace, context).await {
@@ -188,6 +203,24 @@ async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Co
             }
         };
         next = Instant::now() + pause;
+    }
+}
+
+/// Whether the inventory may be another one because of what was heard.
+fn heed(heard: Heard, shown: &mut HashMap<String, DomainSightingSpec>, context: &Context) -> bool {
+    match heard {
+        Heard::Nothing => false,
+        Heard::Sighting(sighting) => {
+            checkpoint::heed(&sighting.spec, context);
+            let now = domain::publish::shown(&sighting.spec);
+            // numbers that stand in VmCheckpoints only are shown nowhere else
+            shown.insert(sighting.name_any(), now.clone()) != Some(now)
+        }
+        Heard::All | Heard::Much => {
+            shown.clear();
+            context.sightings.state().iter().for_each(|seen| checkpoint::heed(&seen.spec, context));
+            true
+        }
     }
 }
 

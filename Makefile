@@ -3,6 +3,7 @@
 # make fuzz   hostile input, guided by coverage: N inputs for each target, or for TARGET (docs/hostile-input.md)
 # make soak   random histories of real VMs, N of them: every restore point is compared byte for byte
 # make bench  measure the data path against nbdcopy and the stock ovirt-imageio; docs/benchmarks.md says what the rows mean
+# make bench-incremental  an incremental backup from apply to Succeeded beside virtnbdbackup; what 100 and 1,000 VMs cost
 # make up     a private cluster and hypervisor, left running for you to try your own YAML; make down ends it
 
 cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtmark
@@ -10,7 +11,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test test-outages test-others soak bench fuzz up down build lint prerequisites
+.PHONY: demo test test-outages test-others soak bench bench-incremental fuzz up down build lint prerequisites
 
 demo: build
 	$(bed) --hypervisors 2 demo
@@ -47,6 +48,13 @@ soak: prerequisites
 bench: prerequisites
 	cargo build --locked --release --example image_server --example data_path
 	$(CARGO_TARGET_DIR)/release/examples/data_path --bench --json $(CARGO_TARGET_DIR)/bench.json $(BENCH)
+
+# e.g. make bench-incremental BENCH="--only incremental --rounds 3"
+bench-incremental:
+	@bed/prerequisites.sh virtnbdbackup
+	cargo build --locked --release --workspace --bins --example incremental
+	$(CARGO_TARGET_DIR)/release/bed run -- \
+	  $(CARGO_TARGET_DIR)/release/examples/incremental --json $(CARGO_TARGET_DIR)/bench-incremental.json $(BENCH)
 
 lint: prerequisites
 	cargo fmt --all --check

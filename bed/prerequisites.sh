@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Checks this machine, then installs what demo and tests need and it lacks: Debian packages (libvirt and QEMU from
 # backports) and the stock ovirt-imageio client, in a venv of the cache. Nothing is changed before all checks passed.
-# The system's own apt sources are left as they are.
+# The system's own apt sources are left as they are. Arguments are more packages, which a benchmark needs.
 set -euo pipefail
 
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/virtmark"
 client="ovirt-imageio==2.5.1"
 packages=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients libvirt-dev
-  qemu-system-x86 qemu-utils libnbd-bin pkg-config debootstrap e2fsprogs util-linux python3-venv python3-dev gcc libc6-dev curl)
+  qemu-system-x86 qemu-utils libnbd-bin pkg-config debootstrap e2fsprogs util-linux python3-venv python3-dev gcc libc6-dev curl "$@")
 
 missing=()
 need() { missing+=("$1"); }

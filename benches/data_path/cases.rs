@@ -11,7 +11,8 @@ use rand::{Rng as _, SeedableRng as _};
 use virtmark::nbd::{Client as NbdClient, Export};
 
 use super::client::{Client, Way, get_all, in_threads};
-use super::measure::{Sample, of_process};
+use super::cpu::of_process;
+use super::measure::Sample;
 use super::report::Goal::{self, AtLeast};
 use super::stage::{Disk, Server, Stage, text};
 

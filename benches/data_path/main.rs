@@ -12,8 +12,11 @@
 
 mod cases;
 mod client;
+#[path = "../cpu.rs"]
+mod cpu;
 mod image;
 mod measure;
+#[path = "../report.rs"]
 mod report;
 mod stage;
 mod tls;
@@ -148,7 +151,7 @@ fn measure_all(arguments: &Arguments) -> Result<()> {
         });
         fs::write(path, format!("{document:#}\n")).with_context(|| path.display().to_string())?;
     }
-    ensure!(rows.iter().all(|row| row.unit == CPU_UNIT || row.ratio > 0.0), "a row without a ratio");
+    ensure!(rows.iter().all(|row| row.unit == CPU_UNIT || row.ratio > Some(0.0)), "a row without a ratio");
     Ok(())
 }
 
@@ -170,12 +173,12 @@ fn measure(case: &Case, stage: &Stage, rounds: usize, patience: &mut Patience) -
     let storage = both(|sample| sample.storage_per_gib);
     let mut rows = Vec::new();
     if let Some(rates) = both(|sample| Some(sample.rate)) {
-        let mut row = Row::new(case.name.to_owned(), case.unit, case.goal, rates, foreign);
+        let mut row = Row::new(case.name, case.unit, case.goal, rates, foreign);
         row.storage_cpu = storage.map(|sides| sides.map(|runs| Runs::new(runs).median));
         rows.push(row);
     }
     if let Some(cpu) = both(|sample| sample.server_per_gib) {
-        rows.push(Row::new(format!("{}-cpu", case.name), CPU_UNIT, CPU, cpu, foreign));
+        rows.push(Row::new(&format!("{}-cpu", case.name), CPU_UNIT, CPU, cpu, foreign));
     }
     Ok(rows)
 }

@@ -172,13 +172,13 @@ pub async fn reconcile(
                 && health::is_followed(&old)
             {
                 new = if_lost(&checkpoint, health::observed(&checkpoint, &new, seen), now);
-                let words = health::words(&new);
-                if words != health::words(&old) {
-                    let because = Because::new(Reason::CheckpointInvalid, words);
-                    context.events.tell(&*checkpoint, true, "Check", &because).await;
-                }
             }
+            let words = health::words(&new);
             write(&api, &checkpoint, &old, new).await?;
+            if words != health::words(&old) {
+                let because = Because::new(Reason::CheckpointInvalid, words);
+                context.events.tell(&*checkpoint, true, "Check", &because).await;
+            }
         }
         return Ok(Requeue::requeue(SAFETY_NET));
     }

@@ -81,6 +81,15 @@ fn normalised(objects: &Objects, bed: &Path) -> Result<Objects> {
             metadata.retain(|key, _| KEPT.contains(&key.as_str()));
         }
     }
+    // whether the agent has looked at the bitmaps by then is chance
+    for (kind, seen) in [("VmCheckpoint", ["disks", "dirty"].as_slice()), ("LibvirtDomain", &["checkpoints"])]
+    {
+        for object in objects.get_mut(kind).into_iter().flat_map(BTreeMap::values_mut) {
+            if let Some(status) = object["status"].as_object_mut() {
+                status.retain(|key, _| !seen.contains(&key.as_str()));
+            }
+        }
+    }
     let text = serde_json::to_string(&objects)?.replace(&*bed.to_string_lossy(), "/tmp/vmbed");
     let text = replaced(&text, 20, is_time, |_| "2026-01-01T00:00:00Z".to_owned());
     let mut uids: Vec<(String, String)> = Vec::new();

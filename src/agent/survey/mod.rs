@@ -56,6 +56,8 @@ struct Surveyed {
     like: Likeness,
     headers: Option<Headers>,
     looks: u32,
+    /// How many looks in a row found a checkpoint that the operator has yet to judge.
+    unjudged: u32,
     report: Option<Vec<SightedCheckpoint>>,
     turn: Arc<tokio::sync::Mutex<()>>,
 }
@@ -83,8 +85,15 @@ impl Survey {
             let like = Likeness { state: spec.state, qemu, disks };
             let soon = Instant::now() + SETTLED;
             let Some(known) = domains.get_mut(&spec.uuid) else {
-                let new =
-                    Surveyed { due: soon, like, headers: None, looks: 0, report: None, turn: Arc::default() };
+                let new = Surveyed {
+                    due: soon,
+                    like,
+                    headers: None,
+                    looks: 0,
+                    unjudged: 0,
+                    report: None,
+                    turn: Arc::default(),
+                };
                 domains.insert(spec.uuid.clone(), new);
                 self.wake.notify_one();
                 continue;
@@ -104,6 +113,7 @@ impl Survey {
         if let Some(known) = self.domains().get_mut(vm_uuid) {
             known.due = known.due.min(Instant::now() + within);
             known.headers = None;
+            known.unjudged = 0;
             self.wake.notify_one();
         }
     }
@@ -123,6 +133,19 @@ impl Survey {
         if let Some(known) = self.domains().get_mut(vm_uuid) {
             known.due = Instant::now() + pause;
         }
+    }
+
+    /// When to look again: soon, and then less and less so, while the operator has a checkpoint to judge; a backup may be at work
+    /// on another node.
+    fn again(&self, vm_uuid: &str, unjudged: bool, next: Duration) -> Duration {
+        let mut domains = self.domains();
+        let Some(known) = domains.get_mut(vm_uuid) else { return next };
+        if !unjudged {
+            known.unjudged = 0;
+            return next;
+        }
+        known.unjudged = (known.unjudged + 1).min(16);
+        (AFTER_BACKUP * (1 << (known.unjudged - 1))).min(next)
     }
 
     /// The domain that is due, or when one is.
@@ -182,9 +205,7 @@ pub async fn watch(context: &Context, cadence: Duration, told: UnboundedSender<S
         survey.put_off(&uuid, next);
         match examine(&uuid, &mut cluster, context).await {
             Ok(Looked::Done { unjudged }) => {
-                if unjudged {
-                    survey.put_off(&uuid, AFTER_BACKUP.min(next));
-                }
+                survey.put_off(&uuid, survey.again(&uuid, unjudged, next));
                 // a closed channel means that the agent is shutting down
                 let _ = told.unbounded_send(uuid);
             }
@@ -276,4 +297,59 @@ fn wanted(checkpoint: &VmCheckpoint) -> Option<Wanted> {
         name: checkpoint.spec.bitmap.clone(),
         targets: targets.filter(|target| !broken.contains(&target.as_str())).collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "00000000-0000-4000-8000-000000000001";
+
+    fn domain(state: &str) -> DomainSightingSpec {
+        serde_json::from_value(
+            serde_json::json!({"nodeName": "n", "uuid": UUID, "name": "db01", "state": state}),
+        )
+        .unwrap()
+    }
+
+    fn due_in(survey: &Survey) -> Duration {
+        match survey.next() {
+            Ok(_) => Duration::ZERO,
+            Err(due) => due.unwrap().saturating_duration_since(Instant::now()),
+        }
+    }
+
+    #[test]
+    fn a_domain_is_looked_at_when_it_changes_and_when_it_is_asked_for() {
+        let (survey, hour) = (Survey::default(), Duration::from_secs(3600));
+        let seen = |state, qemu| survey.seen([(&domain(state), qemu)]);
+        assert_eq!(survey.next(), Err(None));
+        seen("Running", Some(1));
+        assert!(due_in(&survey) <= SETTLED, "it is new");
+        survey.put_off(UUID, hour);
+        seen("Running", Some(1));
+        assert!(due_in(&survey) > SETTLED, "nothing is new");
+        seen("Running", Some(2));
+        assert!(due_in(&survey) <= SETTLED, "it was started again");
+        survey.put_off(UUID, hour);
+        seen("Paused", Some(2));
+        assert!(due_in(&survey) <= SETTLED, "its state is another");
+        survey.put_off(UUID, hour);
+        survey.ask(UUID, Duration::ZERO);
+        assert_eq!(survey.next(), Ok(UUID.to_owned()));
+        survey.ask("another", Duration::ZERO);
+        survey.seen([]);
+        assert_eq!(survey.next(), Err(None), "it is gone");
+    }
+
+    #[test]
+    fn a_checkpoint_that_is_not_judged_yet_is_waited_for_less_and_less() {
+        let (survey, cadence) = (Survey::default(), Duration::from_secs(300));
+        survey.seen([(&domain("Running"), Some(1))]);
+        let pauses: Vec<_> = (0..9).map(|_| survey.again(UUID, true, cadence).as_secs()).collect();
+        assert_eq!(pauses, [2, 4, 8, 16, 32, 64, 128, 256, 300]);
+        survey.ask(UUID, AFTER_BACKUP);
+        assert_eq!(survey.again(UUID, true, cadence), AFTER_BACKUP, "a backup has ended");
+        assert_eq!(survey.again(UUID, false, cadence), cadence);
+    }
 }

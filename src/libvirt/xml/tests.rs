@@ -122,3 +122,16 @@ fn a_checkpoint_names_its_bitmap_in_each_disk() {
     let redefined = checkpoint_xml("virtmark-1", &["vda"], Some(7));
     assert!(redefined.contains("</name><creationTime>7</creationTime><disks>"), "{redefined}");
 }
+
+#[test]
+fn the_disks_of_a_checkpoint_are_read_with_their_dirty_bytes() {
+    // as libvirt 11.3 prints it, asked for sizes
+    let xml = "<domaincheckpoint>\n  <name>orig</name>\n  <creationTime>1</creationTime>\n  <disks>\n    \
+        <disk name='vda' checkpoint='bitmap' bitmap='orig' size='1048576'/>\n    \
+        <disk name='vdb' checkpoint='bitmap' bitmap='orig'/>\n    <disk name='vdc' checkpoint='no'/>\n  </disks>\n\
+        </domaincheckpoint>";
+    let disk = |target: &str, dirty| NotedDisk { target: target.to_owned(), dirty };
+    assert_eq!(noted_disks(xml), [disk("vda", Some(1_048_576)), disk("vdb", None)]);
+    assert_eq!(noted_disks("<domaincheckpoint/>"), []);
+    assert_eq!(noted_disks("no xml"), []);
+}

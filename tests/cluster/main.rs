@@ -9,6 +9,7 @@ mod chain;
 mod checkpoints;
 mod costs;
 mod crds;
+mod disks;
 mod guests;
 mod incremental;
 mod inventory;

@@ -148,6 +148,11 @@ impl History {
         let mut maker = Maker { random: &mut random, recent: Vec::new(), pattern: 0 };
         let count = *[1, 2, 2, 3].choose(maker.random).unwrap_or(&1);
         let mut disks: Vec<_> = (0..count).map(|_| maker.disk()).collect();
+        // of one size as often as not: then nothing but its mark tells one image from another
+        if maker.random.random() {
+            let size = disks[0].size;
+            disks.iter_mut().for_each(|disk| disk.size = size);
+        }
         // a raw one among them now and then, but never alone
         disks[0].cluster.get_or_insert(CLUSTER);
         let mut steps = maker.writes(4);

@@ -39,7 +39,12 @@ struct Arguments {
 async fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     telemetry::install_crypto();
-    let export = Export { socket: arguments.nbd, name: arguments.export, bitmap: arguments.bitmap };
+    let export = Export {
+        socket: arguments.nbd,
+        name: arguments.export,
+        bitmap: arguments.bitmap,
+        changed_from: None,
+    };
     let client = Client::connect(&export).await.context("the NBD export")?;
     let size = client.size();
     client.disconnect().await?;

@@ -159,6 +159,20 @@ where
     })
 }
 
+/// Adds `flags` to every byte from `from` on; an extent that lies across is cut in two.
+pub fn raise<I>(extents: I, from: u64, flags: Flags) -> impl Iterator<Item = Extent> + use<I>
+where
+    I: IntoIterator<Item = Extent>,
+{
+    extents.into_iter().flat_map(move |extent| {
+        let below = from.saturating_sub(extent.start).min(extent.length);
+        let head = Extent { length: below, ..extent };
+        let rest = extent.length - below;
+        let tail = Extent { start: extent.start + below, length: rest, flags: extent.flags.union(flags) };
+        [head, tail].into_iter().filter(|part| part.length > 0)
+    })
+}
+
 /// Joins neighbours with equal facts, one extent at a time: for streams that cannot be iterators.
 ///
 /// Holds one extent. What is pushed must begin where the last one ended, or it is not joined.
@@ -231,6 +245,21 @@ mod tests {
                 bytes(&a).into_iter().zip(bytes(&b)).map(|(x, y)| x.union(y)).collect();
             prop_assert_eq!(bytes(&zipped), model);
             prop_assert!(zipped.iter().all(|run| run.length > 0));
+        }
+
+        #[test]
+        fn raised_from_a_byte_on_and_nowhere_else(a in runs(40), from in 0..600u64) {
+            let raised: Vec<Extent> = raise(place(0, 600, a.clone()), from, Flags::DIRTY).collect();
+            let mut model = bytes(&a);
+            model.truncate(600);
+            let from = usize::try_from(from).unwrap().min(model.len());
+            model[from..].iter_mut().for_each(|flags| *flags = flags.union(Flags::DIRTY));
+            prop_assert_eq!(bytes_of(&raised), model);
+            let mut at = 0;
+            for extent in &raised {
+                prop_assert!(extent.start == at && extent.length > 0);
+                at = extent.end();
+            }
         }
 
         #[test]

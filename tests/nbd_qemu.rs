@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, raw, run, write};
 use virtmark::extent::{self, Extent, Flags, Run};
+use virtmark::imageio::unsure_from;
 use virtmark::nbd::handshake::HandshakeError;
 use virtmark::nbd::{Client, Export, NbdError};
 
@@ -147,11 +148,21 @@ async fn refusals_say_what_is_wrong() {
     let error = Client::connect(&other).await.unwrap_err();
     assert!(matches!(error, NbdError::Handshake(HandshakeError::NoExport { .. })), "{error:?}");
 
-    let nowhere = Export { socket: directory.path().join("none"), name: String::new(), bitmap: None };
+    let nowhere = Export {
+        socket: directory.path().join("none"),
+        name: String::new(),
+        bitmap: None,
+        changed_from: None,
+    };
     assert!(matches!(Client::connect(&nowhere).await, Err(NbdError::Connect { .. })));
 
     let listener = tokio::net::UnixListener::bind(directory.path().join("http")).unwrap();
-    let foreign = Export { socket: directory.path().join("http"), name: String::new(), bitmap: None };
+    let foreign = Export {
+        socket: directory.path().join("http"),
+        name: String::new(),
+        bitmap: None,
+        changed_from: None,
+    };
     let answer = async {
         let (mut stream, _) = listener.accept().await.unwrap();
         tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
@@ -191,8 +202,67 @@ async fn a_silent_server_is_a_timeout() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("silent");
     let _listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let export = Export { socket, name: String::new(), bitmap: None };
+    let export = Export { socket, name: String::new(), bitmap: None, changed_from: None };
     let before = tokio::time::Instant::now();
     assert!(matches!(Client::connect(&export).await, Err(NbdError::ConnectTimeout { .. })));
     assert!(before.elapsed() >= Duration::from_secs(10));
+}
+
+/// What is done to an image of 16 MiB before it has a bitmap and after, its cluster size, and from where on all counts as
+/// changed. A number is a size that it is given.
+type Cut = (&'static str, &'static [&'static str], &'static [&'static str], u64, u64);
+
+#[tokio::test]
+async fn behind_what_is_surely_old_all_counts_as_changed() {
+    const MIB: u64 = 1 << 20;
+    const FULL: &[&str] = &["write -P 1 0 16M"];
+    let (cluster, small, large) = (65536, 4096, 2 * MIB);
+    // the last cluster that did not change is read with the rest
+    let last = |at| at - cluster;
+    let table: &[Cut] = &[
+        ("full, and never cut", FULL, &[], cluster, last(16 * MIB)),
+        ("empty", &[], &[], cluster, 0),
+        ("empty at its end", &["write -P 1 1M 1M"], &[], cluster, last(2 * MIB)),
+        ("cut and grown back", FULL, &["4M", "16M"], cluster, last(4 * MIB)),
+        ("and its end written", FULL, &["4M", "16M", "write -P 2 16776704 512"], cluster, last(4 * MIB)),
+        ("cut between clusters", FULL, &["4195328", "16M"], cluster, 4 * MIB),
+        ("changed where it was cut", FULL, &["write -P 2 3M 4M", "4M", "16M"], cluster, last(3 * MIB)),
+        ("zeroes written as data", &["write -P 1 0 3M", "write -P 0 3M 13M"], &[], cluster, last(3 * MIB)),
+        ("small clusters", FULL, &["4195328", "16M"], small, 4 * MIB + 4096),
+        ("large clusters", FULL, &["5M", "16M"], large, 4 * MIB),
+        ("large clusters, and never cut", FULL, &[], large, 14 * MIB),
+    ];
+    for (what, before, after, cluster, expected) in table {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("disk.qcow2");
+        let option = format!("cluster_size={cluster}");
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, path(&image), "16M"]);
+        write(&image, before);
+        run("qemu-img", &["bitmap", "--add", path(&image), "b0"]);
+        for done in *after {
+            if done.contains(' ') {
+                write(&image, &[done]);
+            } else {
+                run("qemu-img", &["resize", "-q", "--shrink", "-f", "qcow2", path(&image), done]);
+            }
+        }
+        let arguments = ["--format=qcow2", "-A", "--bitmap=b0", path(&image)];
+        let server = QemuNbd::start(directory.path(), &arguments);
+        let export = server.export(Some("b0"));
+        let from = unsure_from(&export, *cluster).await.unwrap();
+        assert_eq!(from, *expected, "{what}");
+
+        let (told, _) = extents(Client::connect(&export).await.unwrap()).await;
+        let export = Export { changed_from: Some(from), ..export };
+        let (seen, _) = extents(Client::connect(&export).await.unwrap()).await;
+        let raised: Vec<Extent> = extent::coalesce(extent::raise(told, from, Flags::DIRTY)).collect();
+        assert_eq!(seen, raised, "{what}");
+        // nothing more is read of a disk that was never cut, but for the end of a large cluster
+        let read = |extents: &[Extent]| -> u64 {
+            extents.iter().filter(|extent| extent.dirty() && !extent.zero()).map(|extent| extent.length).sum()
+        };
+        if after.is_empty() && !what.contains("zeroes") {
+            assert!(read(&seen) <= *cluster, "{what}: {seen:?}");
+        }
+    }
 }

@@ -79,8 +79,17 @@ impl Vm {
     /// # Errors
     /// When qemu-img or libvirt says no.
     pub fn plug(&self, disk: &Disk) -> Result<()> {
+        self.make(disk)?;
+        self.plug_again(disk)
+    }
+
+    /// Plugs a disk whose image is there, whether the VM runs or not.
+    ///
+    /// # Errors
+    /// When libvirt says no.
+    pub fn plug_again(&self, disk: &Disk) -> Result<()> {
         let file = self.dir.join("plugged.xml");
-        fs::write(&file, self.make(disk)?)?;
+        fs::write(&file, self.described(disk))?;
         let (name, file) = (self.name.as_str(), file.to_string_lossy());
         let mut attach = vec!["attach-device", name, &file, "--config"];
         if self.runs()? {
@@ -108,7 +117,7 @@ impl Vm {
         Ok(layers.iter().try_for_each(fs::remove_file)?)
     }
 
-    /// Makes a disk larger, whether the VM runs or not.
+    /// Makes a disk larger, or cuts it, whether the VM runs or not.
     ///
     /// # Errors
     /// When qemu-img or libvirt says no.
@@ -119,14 +128,14 @@ impl Vm {
             let active = self.active(target)?;
             let format = info(&active)?["format"].as_str().unwrap_or("raw").to_owned();
             run(Command::new("qemu-img")
-                .args(["resize", "-q", "-f", &format])
+                .args(["resize", "-q", "--shrink", "-f", &format])
                 .arg(active)
                 .arg(size.to_string()))?;
         }
         Ok(OpenOptions::new().write(true).open(self.mirror(target))?.set_len(size)?)
     }
 
-    /// An external snapshot of these disks, without memory: each goes on in an overlay.
+    /// An external snapshot of these disks and no other, without memory: each goes on in an overlay.
     ///
     /// # Errors
     /// libvirt's.
@@ -136,7 +145,11 @@ impl Vm {
             let overlay = self.dir.join(format!("{target}.overlay-{number}"));
             format!("{target},snapshot=external,file={}", overlay.display())
         });
-        let specs: Vec<_> = specs.flat_map(|spec| ["--diskspec".to_owned(), spec]).collect();
+        let list = self.hypervisor.virsh(&["domblklist", &self.name])?;
+        let all = list.lines().skip(2).filter_map(|line| line.split_whitespace().next());
+        // libvirt takes those along that are not mentioned
+        let others = all.filter(|disk| !targets.contains(disk)).map(|disk| format!("{disk},snapshot=no"));
+        let specs: Vec<_> = specs.chain(others).flat_map(|spec| ["--diskspec".to_owned(), spec]).collect();
         let mut create =
             vec!["snapshot-create-as", self.name.as_str(), "--disk-only", "--atomic", "--no-metadata"];
         create.extend(specs.iter().map(String::as_str));

@@ -155,14 +155,19 @@ impl Vm {
         run(create.arg(&image).arg(disk.size.to_string()))?;
         fs::set_permissions(&image, fs::Permissions::from_mode(0o666))?;
         File::create(self.mirror(&disk.target))?.set_len(disk.size)?;
-        Ok(format!(
+        Ok(self.described(disk))
+    }
+
+    /// The `<disk>` of a disk whose image is there.
+    pub(crate) fn described(&self, disk: &Disk) -> String {
+        format!(
             "<disk type='file' device='disk'><driver name='qemu' type='{}' discard='unmap'/><source file='{}'/>\
              <target dev='{}' bus='virtio'/><alias name='ua-{2}'/>{}</disk>",
             disk.format,
-            image.display(),
+            self.image(&disk.target).display(),
             disk.target,
             disk.extra
-        ))
+        )
     }
 
     /// Its hypervisor.
@@ -373,7 +378,13 @@ impl Drop for Vm {
     fn drop(&mut self) {
         // each may have been done already: what counts is that nothing is left
         let _ = self.destroy();
-        let _ = self.hypervisor.virsh(&["undefine", &self.name, "--checkpoints-metadata", "--nvram"]);
+        let _ = self.hypervisor.virsh(&[
+            "undefine",
+            &self.name,
+            "--checkpoints-metadata",
+            "--snapshots-metadata",
+            "--nvram",
+        ]);
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

@@ -168,7 +168,7 @@ fn nbd_null(disk: &Disk, side: Side) -> Result<f64> {
 
 /// Our side of [`nbd_null`]: what is not zero is read and dropped.
 pub(crate) fn read_to_nowhere(socket: &Path) -> Result<()> {
-    let export = Export { socket: socket.to_owned(), name: String::new(), bitmap: None };
+    let export = Export { socket: socket.to_owned(), name: String::new(), bitmap: None, changed_from: None };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut stream = NbdClient::connect(&export).await?.block_status(0)?;

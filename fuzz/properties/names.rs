@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt as _;
 use virtmark::api::{DomainSightingSpec, DomainState, LibvirtDomain, LibvirtDomainSpec};
-use virtmark::controller::domain::publish::{Change, Marks, dns_safe, publish};
+use virtmark::controller::domain::publish::{Change, Owners, dns_safe, publish};
 
 /// Any name becomes a valid object name; any set of names becomes as many objects, each with a name of its own,
 /// and once they are published nothing more is said.
@@ -52,7 +52,7 @@ fn sighting(at: usize, name: &str) -> DomainSightingSpec {
 /// Publishes, and applies it as the API server would; how much there was to do.
 fn round(world: &mut Vec<LibvirtDomain>, seen: &[DomainSightingSpec]) -> usize {
     let (grace, now) = (SignedDuration::from_secs(60), Timestamp::UNIX_EPOCH);
-    let changes = publish(seen, world, &Marks::default(), &HashSet::new(), grace, now);
+    let changes = publish(seen, world, &Owners::default(), &HashSet::new(), grace, now);
     let count = changes.len();
     for change in changes {
         match change {

@@ -178,6 +178,8 @@ fn record(uid: &str, target: &str) -> Record {
         in_checkpoint: true,
         incremental: true,
         full_because: None,
+        changed_from: None,
+        mark: None,
     };
     Record {
         uid: uid.into(),
@@ -186,8 +188,15 @@ fn record(uid: &str, target: &str) -> Record {
         vm: "v".into(),
         vm_uuid: TWO.into(),
         bitmap: Some("virtmark-1".into()),
-        base: Some(Base { bitmap: "virtmark-0".into(), created: 1, strict: false, noted: None }),
+        base: Some(Base {
+            bitmap: "virtmark-0".into(),
+            created: 1,
+            strict: false,
+            noted: None,
+            marks: Default::default(),
+        }),
         disks: vec![disk],
+        marked: false,
         qemu: None,
         quiesce: QuiesceMode::None,
         quiesce_seconds: 1,

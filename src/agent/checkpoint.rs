@@ -1,6 +1,7 @@
 //! Removal of a VmCheckpoint's bitmaps, when its object is being deleted and was bound to this node. One that was bound to
 //! it to be imported is looked at.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,9 +10,12 @@ use kube::runtime::controller::Action as Requeue;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _, ResourceExt as _};
 
+use super::backup::mark::BitmapDisk;
 use super::{AgentError, Context};
 use crate::api::conditions::{self, Observation, Truth};
-use crate::api::{self, CheckpointDiskStatus, Phase, VmCheckpoint, VmCheckpointStatus};
+use crate::api::{
+    self, BackupSupport, CheckpointDiskStatus, Phase, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
+};
 use crate::clock;
 use crate::cluster;
 use crate::killpoint;
@@ -58,13 +62,7 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
             let _turn = turn;
             let listed = host.libvirt.lookup(&spec.vm_uuid)?;
             let domain = listed.and_then(|listed| Domain::parse(&listed.xml).ok());
-            let image = |target: &str| {
-                let disks = &domain.as_ref()?.devices.disks;
-                let disk = disks.iter().find(|disk| disk.target.dev == target)?;
-                disk.path().filter(|_| disk.format() == "qcow2").map(PathBuf::from)
-            };
-            let disks: Vec<_> =
-                spec.disks.iter().map(|disk| (disk.target.clone(), image(&disk.target))).collect();
+            let disks = bitmap_disks(&spec, domain.as_ref());
             host.delete_checkpoint(&spec.vm_uuid, &spec.bitmap, &disks)
         })
         .await;
@@ -85,6 +83,23 @@ pub async fn reconcile(checkpoint: Arc<VmCheckpoint>, context: Arc<Context>) -> 
         }
     }
     Ok(if removed.is_ok() { Requeue::await_change() } else { Requeue::requeue(AGAIN) })
+}
+
+/// Where bitmaps of a checkpoint may be: in its disks, and in whatever else can keep one, for images may have been exchanged.
+fn bitmap_disks(spec: &VmCheckpointSpec, domain: Option<&Domain>) -> Vec<BitmapDisk> {
+    let marks = spec.marks();
+    let known: Vec<_> = domain.into_iter().flat_map(|domain| &domain.devices.disks).collect();
+    let images = known.iter().filter(|disk| disk.sighted(None).backup == BackupSupport::Incremental);
+    let images: BTreeMap<_, _> =
+        images.filter_map(|disk| Some((disk.target.dev.as_str(), PathBuf::from(disk.path()?)))).collect();
+    let targets: BTreeSet<_> =
+        spec.disks.iter().map(|disk| disk.target.as_str()).chain(images.keys().copied()).collect();
+    let disk = |target: &str| BitmapDisk {
+        target: target.to_owned(),
+        image: images.get(target).cloned(),
+        mark: marks.get(target).cloned(),
+    };
+    targets.into_iter().map(disk).collect()
 }
 
 fn status(

@@ -135,9 +135,11 @@ impl Context {
     /// When the record's uid is none.
     pub fn export(&self, record: &Record, disk: &str) -> Result<Export, AgentError> {
         let socket = self.host.state.socket_of(&record.uid)?;
-        let incremental = record.disks.iter().any(|planned| planned.target == disk && planned.incremental);
-        let bitmap = incremental.then(|| xml::dirty_context(disk));
-        Ok(Export { socket, name: disk.to_owned(), bitmap })
+        let incremental = record.disks.iter().find(|planned| planned.target == disk && planned.incremental);
+        let bitmap = incremental.map(|_| xml::dirty_context(disk));
+        // all of it while that is not known
+        let changed_from = incremental.map(|planned| planned.changed_from.unwrap_or(0));
+        Ok(Export { socket, name: disk.to_owned(), bitmap, changed_from })
     }
 
     /// The coverage of a disk: what was stored of it, or nothing served yet.

@@ -338,6 +338,7 @@ mod tests {
             bitmap: None,
             base: None,
             disks: Vec::new(),
+            marked: false,
             qemu: None,
             quiesce: QuiesceMode::None,
             quiesce_seconds: 10,

@@ -361,4 +361,9 @@ pub struct NbdExport {
     /// Name of the export.
     #[schemars(length(max = 253))]
     pub export: String,
+    /// Of an incremental: from this byte on everything counts as dirty, whatever the export's dirty bitmap says. A disk that
+    /// was cut and grown back reads zero there, and QEMU forgot that it changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub changed_from: Option<i64>,
 }

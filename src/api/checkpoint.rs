@@ -1,5 +1,7 @@
 //! `VmCheckpoint`: a point in time to start the next incremental from. It outlives its VmBackup.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -85,6 +87,19 @@ pub struct CheckpointDisk {
     /// Its image format, `qcow2`.
     #[schemars(length(max = 32))]
     pub format: String,
+    /// Name of a bitmap that this disk's image alone has: no incremental starts here in an image without it, which is
+    /// another disk's. Absent when the checkpoint is of one disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 265), regex(pattern = r"^[A-Za-z0-9_.:-]+$"))]
+    pub mark: Option<String>,
+}
+
+impl VmCheckpointSpec {
+    /// The marks of its disks, by target.
+    pub fn marks(&self) -> BTreeMap<String, String> {
+        let marked = self.disks.iter().filter_map(|disk| Some((disk.target.clone(), disk.mark.clone()?)));
+        marked.collect()
+    }
 }
 
 /// What was observed of the checkpoint.

@@ -141,6 +141,11 @@ mod tests {
     const UUID: &str = "00000000-0000-4000-8000-000000000001";
 
     fn point(name: &str, second: i64, parent: Option<&str>, usable: Option<&str>) -> VmCheckpoint {
+        let phase = match usable {
+            Some("True") => "Ready",
+            Some(_) => "Failed",
+            None => "Initializing",
+        };
         let usable = usable.map(|usable| {
             json!({"type": "Usable", "status": usable, "reason": "Test", "message": "",
                 "lastTransitionTime": "2026-11-25T00:00:00Z"})
@@ -150,7 +155,7 @@ mod tests {
             "metadata": {"name": name},
             "spec": {"vm": "db01", "vmUuid": UUID, "bitmap": name, "creationTime": taken, "parent": parent,
                 "disks": [{"target": "vda", "format": "qcow2"}]},
-            "status": {"conditions": usable.into_iter().collect::<Vec<_>>()}}))
+            "status": {"phase": phase, "conditions": usable.into_iter().collect::<Vec<_>>()}}))
         .unwrap()
     }
 
@@ -167,6 +172,14 @@ mod tests {
             (parent.unwrap_or_default(), base)
         };
         all.iter().map(place).collect()
+    }
+
+    #[test]
+    fn what_waits_to_be_imported_is_no_link() {
+        let mut waits = point("waits", 1, None, Some("False"));
+        waits.status.as_mut().unwrap().phase = Phase::Initializing;
+        let all = [waits, point("a", 2, Some("waits"), Some("True"))];
+        assert_eq!(places(&all), [(String::new(), None), (String::new(), Some(BaseRank::Next))]);
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub fn human(bytes: i64) -> String {
     let fits = |power: &usize| bytes >> (10 * power) < 1024;
     let power = (0..units.len()).find(fits).unwrap_or_default();
     let unit = 1_u64 << (10 * power);
-    let tenths = bytes.saturating_mul(10).div_ceil(unit);
+    let tenths = (u128::from(bytes) * 10).div_ceil(u128::from(unit));
     if power == 0 || tenths >= 1000 || tenths % 10 == 0 {
         return format!("{}{}", bytes.div_ceil(unit), units[power]);
     }

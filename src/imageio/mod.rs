@@ -2,7 +2,7 @@
 //!
 //! - [`wire`] and [`route`]: the API's texts and which operation a request asks for, pure;
 //! - [`ticket`] and [`tickets`]: who may read what, and what runs;
-//! - [`coverage`] and [`required`]: what was served, and what a backup needs.
+//! - [`coverage`], [`required`] and [`tail`]: what was served, what a backup needs, and what a bitmap does not tell.
 //!
 //! It knows nothing of Kubernetes or libvirt, and never writes to a disk.
 
@@ -14,6 +14,7 @@ pub mod required;
 pub mod route;
 pub mod serve;
 mod service;
+pub mod tail;
 pub mod ticket;
 pub mod tickets;
 pub mod tls;
@@ -22,5 +23,6 @@ pub mod wire;
 pub use coverage::Coverage;
 pub use required::missing;
 pub use serve::{BindError, Config, ImageServer};
+pub use tail::unsure_from;
 pub use ticket::{End, Ticket, TicketId};
 pub use tickets::{SharedCoverage, Stats, Tickets};

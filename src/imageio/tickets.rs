@@ -359,7 +359,7 @@ mod tests {
             backup: "b".to_owned(),
             disk: "vda".to_owned(),
             size: 100,
-            export: Export { socket: "/none".into(), name: String::new(), bitmap: None },
+            export: Export { socket: "/none".into(), name: String::new(), bitmap: None, changed_from: None },
             dirty: false,
             filename: None,
         }

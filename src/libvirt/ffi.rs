@@ -96,11 +96,9 @@ pub(super) fn thaw(domain: &Domain) -> Result<(), LibvirtError> {
     check(unsafe { sys::virDomainFSThaw(domain.as_ptr(), ptr::null_mut(), 0, 0) })
 }
 
-/// Redefines a checkpoint from `xml`; with `validate` libvirt checks that its bitmaps are there, and whole.
-pub(super) fn checkpoint_redefine(domain: &Domain, xml: &str, validate: bool) -> Result<(), LibvirtError> {
+/// Makes a checkpoint from `xml`, or redefines it, as `flags` say (`virDomainCheckpointCreateFlags`).
+pub(super) fn checkpoint_create(domain: &Domain, xml: &str, flags: u32) -> Result<(), LibvirtError> {
     let xml = c_string(xml)?;
-    let validate = if validate { sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE } else { 0 };
-    let flags = sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | validate;
     // SAFETY: the domain pointer lives as long as `domain`; the string outlives the call.
     let checkpoint = unsafe { sys::virDomainCheckpointCreateXML(domain.as_ptr(), xml.as_ptr(), flags) };
     if checkpoint.is_null() {

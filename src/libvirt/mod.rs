@@ -288,7 +288,17 @@ impl Libvirt {
     /// # Errors
     /// libvirt's: a bitmap is missing or inconsistent.
     pub fn checkpoint_redefine(&self, uuid: &str, xml: &str, validate: bool) -> Result<(), LibvirtError> {
-        ffi::checkpoint_redefine(&self.domain(uuid)?, xml, validate)
+        let validate = if validate { virt::sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE } else { 0 };
+        let flags = virt::sys::VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | validate;
+        ffi::checkpoint_create(&self.domain(uuid)?, xml, flags)
+    }
+
+    /// Makes a checkpoint without a backup: a bitmap in each of its disks.
+    ///
+    /// # Errors
+    /// libvirt's: a bitmap of that name is there already, a disk cannot keep one.
+    pub fn checkpoint_create(&self, uuid: &str, xml: &str) -> Result<(), LibvirtError> {
+        ffi::checkpoint_create(&self.domain(uuid)?, xml, 0)
     }
 
     /// The names of the checkpoints that libvirt knows of a domain, in the order of their names.
@@ -320,16 +330,16 @@ impl Libvirt {
     }
 
     /// Deletes a checkpoint that libvirt knows, with its bitmaps, those that a killed QEMU left inconsistent too. Bitmaps
-    /// that are not there need no deletion.
+    /// that are not there need no deletion; whether they were.
     ///
     /// # Errors
     /// libvirt's.
-    pub fn checkpoint_delete(&self, uuid: &str, name: &str) -> Result<(), LibvirtError> {
+    pub fn checkpoint_delete(&self, uuid: &str, name: &str) -> Result<bool, LibvirtError> {
         match ffi::checkpoint_delete(&self.domain(uuid)?, name, false) {
             Err(error) if error.message.contains("not found in backing chain") => {
-                self.checkpoint_forget(uuid, name)
+                self.checkpoint_forget(uuid, name).map(|()| false)
             }
-            other => other,
+            other => other.map(|()| true),
         }
     }
 

@@ -55,6 +55,9 @@ pub struct Export {
     /// `qemu:dirty-bitmap:` context.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bitmap: Option<String>,
+    /// From this byte on everything counts as dirty, whatever the bitmap says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed_from: Option<u64>,
 }
 
 /// Why an export cannot be read.
@@ -123,6 +126,7 @@ pub struct Client {
     timer: Pin<Box<Sleep>>,
     request: u32,
     window: usize,
+    changed_from: u64,
 }
 
 impl Client {
@@ -163,6 +167,7 @@ impl Client {
             timer,
             request: REQUEST,
             window: WINDOW,
+            changed_from: export.changed_from.unwrap_or(u64::MAX),
         };
         client.shape(REQUEST, WINDOW);
         Ok(client)
@@ -460,7 +465,8 @@ impl StatusStream {
         });
         // Progress is made by every reply, or the loop would ask for ever.
         let first = cut.next().ok_or(ProtocolError::BadStatus("nothing about the range asked for"))?;
-        Poll::Ready(Ok(Box::new(std::iter::once(first).chain(cut))))
+        let (cut, from) = (std::iter::once(first).chain(cut), self.client.changed_from);
+        Poll::Ready(Ok(Box::new(extent::raise(cut, from, extent::Flags::DIRTY))))
     }
 }
 

@@ -113,6 +113,14 @@ pub struct Restored {
     pub zeroed: u64,
 }
 
+impl Restored {
+    /// What was read, but for an odd cluster: the last one that did not change is read with what did.
+    pub fn mostly_read(&self) -> u64 {
+        const CLUSTER: u64 = 65536;
+        self.read - self.read % (2 * CLUSTER)
+    }
+}
+
 /// What is done with what is dirty and zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zeroes {

@@ -10,6 +10,7 @@ mod chain;
 mod checkpoints;
 mod costs;
 mod crds;
+mod disks;
 mod guests;
 mod imports;
 mod incremental;

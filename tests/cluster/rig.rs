@@ -201,15 +201,21 @@ impl Rig {
         host_is_clean(&self.vm, &uids.collect::<Result<Vec<_>>>()?)
     }
 
-    /// Names of our bitmaps in a disk of the VM, running or off.
+    /// Names of our checkpoints' bitmaps in a disk of the VM, running or off. Their marks are there with them, or gone.
     pub fn bitmaps(&self, target: &str) -> Result<Vec<String>> {
+        let mut found = self.all_bitmaps(target)?;
+        found.retain(|name| name.starts_with("virtmark-"));
+        let (marks, bitmaps): (Vec<_>, Vec<_>) = found.into_iter().partition(|name| name.contains('.'));
+        let is_left = |mark: &&String| !bitmaps.iter().any(|bitmap| mark.starts_with(&format!("{bitmap}.")));
+        if let Some(left) = marks.iter().find(is_left) {
+            bail!("{left} is left of a checkpoint that is gone");
+        }
+        Ok(bitmaps)
+    }
+
+    fn all_bitmaps(&self, target: &str) -> Result<Vec<String>> {
         if self.vm.state()? != "shut off" {
-            return Ok(self
-                .vm
-                .live_bitmaps()?
-                .into_iter()
-                .filter(|name| name.starts_with("virtmark-"))
-                .collect());
+            return self.vm.live_bitmaps();
         }
         let output =
             Command::new("qemu-img").args(["info", "--output=json"]).arg(self.vm.image(target)).output()?;

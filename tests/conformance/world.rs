@@ -65,8 +65,14 @@ impl World {
             socket: chain.socket.clone(),
             name: "vda".to_owned(),
             bitmap: bitmap.map(str::to_owned),
+            changed_from: None,
         };
-        let other = |socket: &PathBuf| Export { socket: socket.clone(), name: String::new(), bitmap: None };
+        let other = |socket: &PathBuf| Export {
+            socket: socket.clone(),
+            name: String::new(),
+            bitmap: None,
+            changed_from: None,
+        };
         let dead = directory.path().join("nobody.sock");
         let permits = vec![
             Permit::new("disk", SIZE, disk(Some("b0"))),

@@ -79,7 +79,12 @@ impl QemuNbd {
 
     /// Its export.
     pub(crate) fn export(&self, bitmap: Option<&str>) -> Export {
-        Export { socket: self.socket.clone(), name: String::new(), bitmap: bitmap.map(str::to_owned) }
+        Export {
+            socket: self.socket.clone(),
+            name: String::new(),
+            bitmap: bitmap.map(str::to_owned),
+            changed_from: None,
+        }
     }
 
     /// Its address for libnbd's tools.

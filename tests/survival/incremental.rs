@@ -40,7 +40,10 @@ fn a_chain_goes_on_over_restarts_of_libvirt_and_of_the_vm() -> Result<()> {
         assert_eq!((point.mode("vda").as_str(), point.mode("vdb").as_str()), ("Incremental", "Incremental"));
         // what the guest wrote during the one before is 64 KiB more
         let expected = MIB / 2 + if number == 1 { 0 } else { 65536 };
-        assert_eq!((point.restored["vda"].read, point.restored["vdb"].read), (expected, MIB / 2));
+        assert_eq!(
+            (point.restored["vda"].mostly_read(), point.restored["vdb"].mostly_read()),
+            (expected, MIB / 2)
+        );
     }
     Ok(())
 }

@@ -60,6 +60,12 @@ pub enum Step {
     DeleteCheckpoint { which: u8 },
     /// A disk grows; whether the inventory is waited for.
     Grow { disk: u8, by: u64, settle: bool },
+    /// A disk is cut to some of its pieces of 2 MiB, and grown back at once.
+    Cut { disk: u8, keep: u8 },
+    /// The images of two disks take each other's place, while the VM is off.
+    Exchange { one: u8, other: u8 },
+    /// A disk's image is overwritten by a copy of another's, while the VM is off.
+    Copy { from: u8, to: u8 },
     /// A disk that the VM has not is made, and plugged.
     Plug { disk: u8, plan: DiskPlan },
     /// A disk is unplugged, and its image removed.
@@ -142,6 +148,11 @@ impl History {
         let mut maker = Maker { random: &mut random, recent: Vec::new(), pattern: 0 };
         let count = *[1, 2, 2, 3].choose(maker.random).unwrap_or(&1);
         let mut disks: Vec<_> = (0..count).map(|_| maker.disk()).collect();
+        // of one size as often as not: then nothing but its mark tells one image from another
+        if maker.random.random() {
+            let size = disks[0].size;
+            disks.iter_mut().for_each(|disk| disk.size = size);
+        }
         // a raw one among them now and then, but never alone
         disks[0].cluster.get_or_insert(CLUSTER);
         let mut steps = maker.writes(4);
@@ -268,7 +279,7 @@ impl Maker<'_> {
 
     /// What happens between two backups, beside writes.
     fn between(&mut self) -> Step {
-        match self.random.random_range(0..23) {
+        match self.random.random_range(0..25) {
             0..4 => Step::Restart { off: self.off() },
             4 => Step::KillVm,
             5..8 => Step::DeleteCheckpoint { which: self.random.random() },
@@ -279,23 +290,32 @@ impl Maker<'_> {
             16..18 => Step::Commit,
             18 => Step::Kill { who: self.who() },
             19..22 => Step::Migrate,
+            22..24 => self.cut(),
             _ => self.io(),
         }
     }
 
     /// What happens while the VM is off.
     fn off(&mut self) -> Vec<Step> {
-        if !self.one_in(3) {
+        if self.one_in(3) {
             return Vec::new();
         }
-        vec![match self.random.random_range(0..6) {
+        let (one, other) = (self.random.random_range(0..DISKS), self.random.random_range(0..DISKS));
+        vec![match self.random.random_range(0..9) {
             0 => Step::DeleteCheckpoint { which: self.random.random() },
             1 => self.grow(),
             2 => Step::Plug { disk: self.random.random_range(0..DISKS), plan: self.disk() },
             3 => Step::Unplug { disk: self.random.random_range(1..DISKS) },
             4 => Step::Migrate,
+            5 => self.cut(),
+            6 => Step::Exchange { one, other },
+            7 => Step::Copy { from: one, to: other },
             _ => Step::Kill { who: self.who() },
         }]
+    }
+
+    fn cut(&mut self) -> Step {
+        Step::Cut { disk: self.random.random_range(0..DISKS), keep: self.random.random() }
     }
 
     fn grow(&mut self) -> Step {
@@ -355,6 +375,7 @@ fn histories_have_every_kind_of_step_and_no_more_than_a_few_backups() {
         "Commit",
         "Kill",
         "Migrate",
+        "Cut",
         "during Write",
         "during Zero",
         "during Discard",
@@ -366,6 +387,9 @@ fn histories_have_every_kind_of_step_and_no_more_than_a_few_backups() {
         "off Unplug",
         "off Kill",
         "off Migrate",
+        "off Cut",
+        "off Exchange",
+        "off Copy",
     ];
     for kind in expected {
         assert!(seen.get(kind).is_some_and(|count| *count >= 3), "{kind} is hardly ever made: {seen:?}");

@@ -63,7 +63,8 @@ impl World {
         let socket = dir.path().join("nbd.sock");
         let listener = runtime.block_on(async { tokio::net::UnixListener::bind(&socket) }).expect("a socket");
         runtime.spawn(backend::serve(listener));
-        let export = Export { socket, name: "vda".to_owned(), bitmap: Some("b0".to_owned()) };
+        let export =
+            Export { socket, name: "vda".to_owned(), bitmap: Some("b0".to_owned()), changed_from: None };
         World { runtime, tickets: Tickets::default(), export, _dir: dir }
     }
 

@@ -1,5 +1,6 @@
 //! The host actions of a backup, each one blocking call that can be repeated. It decides nothing.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::life::{Action, Freeze, Report};
+use super::mark::BitmapDisk;
 use crate::agent::image::{qemu_img, read_locked};
 use crate::agent::state::{Base, Record, StateDir, StateError};
 use crate::api::{FullReason, QuiesceMode};
@@ -67,6 +69,14 @@ pub enum HostError {
         /// libvirt's words.
         message: String,
     },
+    /// The base was made of another image.
+    #[error("disk {disk}: {message}")]
+    Replaced {
+        /// Which disk.
+        disk: String,
+        /// How it is known.
+        message: String,
+    },
     /// The job did not end in time.
     #[error("libvirt's backup job did not end within {} s", ABORT_BOUND.as_secs())]
     JobLingers,
@@ -84,6 +94,7 @@ impl HostError {
                 Reason::IncrementalNotSupported
             }
             Self::Redefine { .. } => Reason::RedefineFailed,
+            Self::Replaced { .. } => Reason::DiskNotInCheckpoint,
             _ => Reason::HypervisorError,
         };
         Because::new(reason, self.to_string())
@@ -116,7 +127,7 @@ impl Host {
                 Err(error) => Err(error),
             },
             Action::MakeFiles => self.make_files(record),
-            Action::Redefine => self.redefine(record),
+            Action::Redefine => self.redefine(record).and_then(|()| self.know_again(record)),
             Action::Begin => self.begin(record),
             Action::Thaw => self.thaw(record),
             Action::AbortJob => self.abort_job(record),
@@ -124,14 +135,16 @@ impl Host {
                 Some(bitmap) => self.discard_checkpoint(record, bitmap),
                 None => Ok(()),
             },
-            Action::ForgetCheckpoint => match &record.bitmap {
-                Some(bitmap) => self.forget(&record.vm_uuid, bitmap),
-                None => Ok(()),
-            },
-            Action::ForgetBase => match &record.base {
-                Some(base) if base.noted != Some(true) => self.forget(&record.vm_uuid, &base.bitmap),
-                _ => Ok(()),
-            },
+            Action::ForgetCheckpoint => {
+                let marks = record.disks.iter().filter_map(|disk| disk.mark.as_ref());
+                record.bitmap.iter().chain(marks).try_for_each(|name| self.forget(&record.vm_uuid, name))
+            }
+            Action::ForgetBase => {
+                let bases = record.base.iter();
+                let own = bases.clone().filter(|base| base.noted != Some(true)).map(|base| &base.bitmap);
+                let mut names = bases.flat_map(|base| base.marks.values()).chain(own);
+                names.try_for_each(|name| self.forget(&record.vm_uuid, name))
+            }
             Action::RemoveFiles => self.state.remove_run(&record.uid).map_err(HostError::from),
         };
         match done {
@@ -350,7 +363,7 @@ impl Host {
 
     /// Removes the checkpoint of a backup that failed, or notes that it is to be removed when the VM is back.
     fn discard_checkpoint(&self, record: &Record, bitmap: &str) -> Result<(), HostError> {
-        let disks = bitmap_disks(record);
+        let disks = BitmapDisk::of(record);
         if !self.delete_checkpoint(&record.vm_uuid, bitmap, &disks)? {
             self.state.store_orphan(record)?;
         }
@@ -368,14 +381,14 @@ impl Host {
 
     fn remove_orphan(&self, record: &Record) -> Result<(), HostError> {
         let Some(bitmap) = &record.bitmap else { return Ok(()) };
-        if self.delete_checkpoint(&record.vm_uuid, bitmap, &bitmap_disks(record))? {
+        if self.delete_checkpoint(&record.vm_uuid, bitmap, &BitmapDisk::of(record))? {
             self.state.forget_orphan(&record.uid)?;
         }
         Ok(())
     }
 
-    /// Removes a checkpoint: libvirt's note of it, and the bitmap `bitmap` in each of `disks` (target, and
-    /// path of the qcow2 image), also where an external snapshot left it in a layer below. With a QEMU through
+    /// Removes a checkpoint: libvirt's note of it, and the bitmap `bitmap` and the marks in each of `disks`, also where an
+    /// external snapshot left them in a layer below. With a QEMU through
     /// libvirt; without one by `qemu-img`, which takes the image's lock, so that a QEMU that starts meanwhile cannot have
     /// it too. Answers false when the domain is not here: then its images are left alone, for they may be in use
     /// elsewhere.
@@ -386,25 +399,27 @@ impl Host {
         &self,
         vm_uuid: &str,
         bitmap: &str,
-        disks: &[(String, Option<PathBuf>)],
+        disks: &[BitmapDisk],
     ) -> Result<bool, HostError> {
         let Some(listed) = self.libvirt.lookup(vm_uuid)? else { return Ok(false) };
         if listed.state.is_active() {
             return self.delete_live(vm_uuid, bitmap, disks).map(|()| true);
         }
-        self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
+        let names: Vec<_> = disks.iter().filter_map(|disk| disk.mark.as_deref()).chain([bitmap]).collect();
+        names.iter().try_for_each(|name| self.libvirt.checkpoint_forget(vm_uuid, name))?;
         // one qemu-img at a time: it takes the image's lock, and several checkpoints may go at once
         let _alone = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        for (_, image) in disks {
-            let mut layer = image.clone().filter(|image| image.exists());
+        for disk in disks {
+            let mut layer = disk.image.clone().filter(|image| image.exists());
             while let Some(image) = layer {
                 let info = read_locked(&image)?;
-                if info.bitmap(bitmap).is_some() {
+                // of all disks: an image may be another's by now
+                for bitmap in names.iter().filter(|name| info.bitmap(name).is_some()) {
                     // a VM that was started meanwhile must find its images unlocked: ask as late as can be
                     if self.libvirt.qemu(vm_uuid)?.is_some() {
                         return self.delete_live(vm_uuid, bitmap, disks).map(|()| true);
                     }
-                    let qcow2 = ["-f".as_ref(), "qcow2".as_ref(), image.as_ref(), bitmap.as_ref()];
+                    let qcow2 = ["-f".as_ref(), "qcow2".as_ref(), image.as_ref(), OsStr::new(bitmap)];
                     qemu_img("bitmap", &[&["--remove".as_ref()], qcow2.as_slice()].concat())?;
                     killpoint::reached(Step::BitmapRemoved);
                 }
@@ -412,28 +427,6 @@ impl Host {
             }
         }
         Ok(true)
-    }
-
-    fn delete_live(
-        &self,
-        vm_uuid: &str,
-        bitmap: &str,
-        disks: &[(String, Option<PathBuf>)],
-    ) -> Result<(), HostError> {
-        // disk by disk, and unseen: what is missing or broken in one disk is no matter of the others
-        self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
-        for (target, _) in disks {
-            let xml = xml::checkpoint_xml(bitmap, &[target], Some(1));
-            match self.libvirt.checkpoint_redefine(vm_uuid, &xml, false) {
-                Ok(()) => {
-                    self.libvirt.checkpoint_delete(vm_uuid, bitmap)?;
-                    killpoint::reached(Step::BitmapDeleted);
-                }
-                Err(error) if error.is_no_disk() => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
     }
 }
 
@@ -465,12 +458,6 @@ pub enum Job {
     Other,
     /// That of a backup that libvirt lost track of.
     Lost,
-}
-
-/// The disks of the record's checkpoint, with their images.
-fn bitmap_disks(record: &Record) -> Vec<(String, Option<PathBuf>)> {
-    let disks = record.disks.iter().filter(|disk| disk.in_checkpoint);
-    disks.map(|disk| (disk.target.clone(), disk.image.clone())).collect()
 }
 
 fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {

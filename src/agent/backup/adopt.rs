@@ -38,10 +38,13 @@ pub(super) async fn adopt(
         }
         Ok(found)
     };
-    let bitmap = find(&status.to_checkpoint).await?.map(|checkpoint| checkpoint.spec.bitmap);
+    let to = find(&status.to_checkpoint).await?;
+    let marks = to.as_ref().map(|checkpoint| checkpoint.spec.marks()).unwrap_or_default();
+    let bitmap = to.map(|checkpoint| checkpoint.spec.bitmap);
     let base = find(&status.from_checkpoint).await?.map(|checkpoint| Base {
         // what libvirt knows of ours was left by an earlier try of ours
         noted: checkpoint.spec.bitmap.starts_with(BITMAP_PREFIX).then_some(false),
+        marks: checkpoint.spec.marks(),
         bitmap: checkpoint.spec.bitmap,
         created: checkpoint.spec.creation_time.0.as_second(),
         strict: backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail,
@@ -54,6 +57,8 @@ pub(super) async fn adopt(
         in_checkpoint: disk.in_checkpoint,
         incremental: disk.mode == DiskMode::Incremental,
         full_because: disk.mode_reason.map(|reason| (reason, disk.mode_message.clone())),
+        changed_from: None,
+        mark: marks.get(&disk.name).cloned(),
     });
     let mut life = Life { from_base: base.is_some(), ..Life::default() };
     if matches!(status.phase, Phase::Ready | Phase::Finalizing) {
@@ -72,6 +77,7 @@ pub(super) async fn adopt(
         bitmap,
         base,
         disks: disks.collect(),
+        marked: false,
         qemu: None,
         quiesce: quiesce.mode,
         quiesce_seconds: quiesce.timeout_seconds,

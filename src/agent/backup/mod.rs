@@ -2,8 +2,10 @@
 
 pub mod act;
 mod adopt;
+mod begun;
 pub mod decide;
 pub mod life;
+pub mod mark;
 pub mod reconcile;
 pub mod scratch;
 pub mod status;

@@ -10,6 +10,7 @@ use kube::{Api, ResourceExt as _};
 
 use super::act::Job;
 use super::adopt::adopt;
+use super::begun;
 use super::decide::{self, Facts};
 use super::life::{Action, Life, Outcome, Seen, Stage};
 use super::scratch;
@@ -113,6 +114,9 @@ pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Resu
         }
     }
 
+    if record.life.is_serving() {
+        begun::follow(&mut record, &context).await?;
+    }
     if record.has_succeeded() {
         context.host.state.store_succeeded(&record)?;
     }

@@ -114,7 +114,11 @@ pub fn status(old: &VmBackupStatus, observed: &Observed<'_>) -> VmBackupStatus {
 
 fn one_disk(disk: &crate::agent::state::PlannedDisk, observed: &Observed<'_>, phase: Phase) -> BackupDisk {
     let missing = observed.missing.iter().find(|(target, _)| *target == disk.target).map(|(_, bytes)| *bytes);
-    let export = NbdExport { socket: observed.socket.to_owned(), export: disk.target.clone() };
+    let export = NbdExport {
+        socket: observed.socket.to_owned(),
+        export: disk.target.clone(),
+        changed_from: disk.changed_from.and_then(|from| i64::try_from(from).ok()),
+    };
     BackupDisk {
         name: disk.target.clone(),
         mode: if disk.incremental { DiskMode::Incremental } else { DiskMode::Full },
@@ -142,6 +146,8 @@ mod tests {
             in_checkpoint,
             incremental: false,
             full_because: None,
+            changed_from: None,
+            mark: None,
         };
         Record {
             uid: "u".into(),
@@ -152,6 +158,7 @@ mod tests {
             bitmap: Some("m".into()),
             base: None,
             disks: vec![disk("vda", true), disk("vdb", false)],
+            marked: false,
             qemu: None,
             quiesce: QuiesceMode::BestEffort,
             quiesce_seconds: 10,

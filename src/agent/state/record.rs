@@ -1,5 +1,6 @@
 //! What the state directory has of one backup: the plan, and how far it went. Pure; it reads and writes nothing.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,9 @@ pub struct Record {
     pub base: Option<Base>,
     /// The disks.
     pub disks: Vec<PlannedDisk>,
+    /// Whether the images of its checkpoint are marked, as far as any are to be.
+    #[serde(default)]
+    pub marked: bool,
     /// libvirt's number of the QEMU that it was prepared with; none before.
     #[serde(default)]
     pub qemu: Option<u32>,
@@ -52,14 +56,15 @@ impl Record {
             (1..=longest).contains(&text.len()) && text.bytes().all(fits)
         };
         let object = |text: &str| name(text, b"-.", 253) && !text.starts_with('.');
-        let base = self.base.as_ref().map(|base| &base.bitmap);
+        let base = self.base.iter().flat_map(|base| base.marks.values().chain([&base.bitmap]));
+        let marks = self.disks.iter().filter_map(|disk| disk.mark.as_ref());
         if checked(&self.uid).is_err() {
             Some("uid")
         } else if checked(&self.vm_uuid).is_err() {
             Some("vm_uuid")
         } else if !object(&self.namespace) || !object(&self.name) || !object(&self.vm) {
             Some("name")
-        } else if !self.bitmap.iter().chain(base).all(|bitmap| name(bitmap, b"_.:-", 200)) {
+        } else if !self.bitmap.iter().chain(base).chain(marks).all(|bitmap| name(bitmap, b"_.:-", 265)) {
             Some("bitmap")
         } else if !self.disks.iter().all(|disk| is_disk_target(&disk.target)) {
             Some("disk")
@@ -84,6 +89,9 @@ pub struct Base {
     /// until that was asked.
     #[serde(default)]
     pub noted: Option<bool>,
+    /// By disk, the bitmap that it put into that disk's image alone.
+    #[serde(default)]
+    pub marks: BTreeMap<String, String>,
 }
 
 /// One disk of a backup.
@@ -103,4 +111,10 @@ pub struct PlannedDisk {
     /// Why all is read although the backup is incremental, and more about it.
     #[serde(default)]
     pub full_because: Option<(FullReason, Option<String>)>,
+    /// Of an incremental one, from where on all is read as changed: once the job runs, and that was looked at.
+    #[serde(default)]
+    pub changed_from: Option<u64>,
+    /// The bitmap that the checkpoint puts into this disk's image alone.
+    #[serde(default)]
+    pub mark: Option<String>,
 }

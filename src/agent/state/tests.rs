@@ -48,6 +48,7 @@ fn record(uid: &str) -> Record {
         bitmap: None,
         base: None,
         disks: vec![],
+        marked: false,
         qemu: None,
         quiesce: QuiesceMode::None,
         quiesce_seconds: 1,
@@ -67,6 +68,8 @@ fn a_record_that_leads_elsewhere_is_none() {
         in_checkpoint: true,
         incremental: false,
         full_because: None,
+        changed_from: None,
+        mark: None,
     };
     for bad in [
         Record { vm_uuid: "..".into(), ..good.clone() },
@@ -74,7 +77,13 @@ fn a_record_that_leads_elsewhere_is_none() {
         Record { namespace: String::new(), ..good.clone() },
         Record { bitmap: Some("a b".into()), ..good.clone() },
         Record {
-            base: Some(Base { bitmap: "<x>".into(), created: 1, strict: false, noted: None }),
+            base: Some(Base {
+                bitmap: "<x>".into(),
+                created: 1,
+                strict: false,
+                noted: None,
+                marks: Default::default(),
+            }),
             ..good.clone()
         },
         Record { disks: vec![disk("../vda", "/i")], ..good.clone() },

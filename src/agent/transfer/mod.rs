@@ -216,7 +216,11 @@ async fn open(
     let export = context.export(record, disk)?;
     if transfer.spec.protocol == Protocol::Nbd {
         live.unseen(uid, true);
-        let nbd = NbdExport { socket: export.socket.to_string_lossy().into_owned(), export: export.name };
+        let nbd = NbdExport {
+            socket: export.socket.to_string_lossy().into_owned(),
+            export: export.name,
+            changed_from: export.changed_from.and_then(|from| i64::try_from(from).ok()),
+        };
         return Ok(Standing::Open { secret: None, nbd: Some(nbd) });
     }
     let stored = context.host.state.tickets::<StoredTicket>(&record.uid)?;

@@ -105,10 +105,7 @@ pub fn mode(backup: &VmBackup, disk: &DomainDisk, base: Option<&VmCheckpoint>) -
     let Some(why) = why_full(disk, base) else {
         return Ok(Mode { mode: DiskMode::Incremental, ..Mode::full(None) });
     };
-    let seen = broken(disk, base).filter(|_| why == FullReason::BitmapInvalid);
-    let sizes = sizes(disk, base).filter(|_| why == FullReason::SizeChanged);
-    let sizes = sizes.map(|(now, then)| format!("{then} bytes at the checkpoint, {now} now"));
-    let mode = Mode { message: seen.map(|seen| seen.message.clone()).or(sizes), ..Mode::full(Some(why)) };
+    let mode = Mode { message: then_and_now(why, disk, base), ..Mode::full(Some(why)) };
     if backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::FullBackup {
         return Ok(mode);
     }
@@ -132,6 +129,28 @@ fn why_full(disk: &DomainDisk, base: &VmCheckpoint) -> Option<FullReason> {
         return Some(FullReason::SizeChanged);
     }
     broken(disk, base).map(|_| FullReason::BitmapInvalid)
+}
+
+/// What was seen at the checkpoint, and what is seen now.
+fn then_and_now(why: FullReason, disk: &DomainDisk, base: &VmCheckpoint) -> Option<String> {
+    match why {
+        FullReason::BitmapInvalid => broken(disk, base).map(|seen| seen.message.clone()),
+        FullReason::SizeChanged => {
+            let (now, then) = sizes(disk, base)?;
+            Some(format!("{then} bytes at the checkpoint, {now} now"))
+        }
+        FullReason::DiskReplaced => {
+            let then = base.spec.disks.iter().find(|then| then.target == disk.target)?;
+            let shown = |serial: &Option<String>, format: &str| {
+                let serial =
+                    serial.as_ref().map_or("no serial".to_owned(), |serial| format!("serial {serial}"));
+                format!("{format} with {serial}")
+            };
+            let (then, now) = (shown(&then.serial, &then.format), shown(&disk.serial, &disk.format));
+            Some(format!("{then} at the checkpoint, {now} now"))
+        }
+        FullReason::NoBase | FullReason::NotInCheckpoint | FullReason::CannotKeepBitmap => None,
+    }
 }
 
 /// The disk's size now, and at the checkpoint, where both are known.
@@ -259,6 +278,9 @@ mod tests {
             let message = match why {
                 Some(FullReason::BitmapInvalid) => Some("broken".to_owned()),
                 Some(FullReason::SizeChanged) => Some("100 bytes at the checkpoint, 101 now".to_owned()),
+                Some(FullReason::DiskReplaced) => {
+                    Some("qcow2 with serial s at the checkpoint, qcow2 with serial t now".to_owned())
+                }
                 _ => None,
             };
             let expected = if why.is_some() { DiskMode::Full } else { DiskMode::Incremental };

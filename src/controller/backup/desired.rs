@@ -23,19 +23,24 @@ pub fn checkpoint(backup: &VmBackup, binding: &Binding, cluster: &str) -> Option
     if binding.in_checkpoint.is_empty() {
         return None;
     }
+    let bitmap = format!("virtmark-{cluster}-{}", backup.uid().unwrap_or_default());
+    // every disk has a bitmap of the same name: of several, that alone does not tell whose image it is in
+    let several = binding.in_checkpoint.len() > 1;
     let disks = binding.in_checkpoint.iter().map(|disk| CheckpointDisk {
+        mark: several.then(|| format!("{bitmap}.{}", disk.target)),
         target: disk.target.clone(),
         serial: disk.serial.clone(),
         size: disk.size,
         format: disk.format.clone(),
     });
+    let disks = disks.collect();
     let spec = VmCheckpointSpec {
         vm: backup.spec.vm.clone(),
         vm_uuid: binding.vm_uuid.clone(),
-        bitmap: format!("virtmark-{cluster}-{}", backup.uid().unwrap_or_default()),
+        bitmap,
         parent: binding.parent.clone(),
         creation_time: Time(binding.checkpoint_time),
-        disks: disks.collect(),
+        disks,
     };
     let mut metadata = metadata(backup, checkpoint_name(backup), None);
     let of_vm = (api::LABEL_VM_UUID.to_owned(), binding.vm_uuid.clone());
@@ -73,5 +78,39 @@ fn metadata(backup: &VmBackup, name: String, owner: Option<OwnerReference>) -> O
         owner_references: owner.map(|owner| vec![owner]),
         finalizers: Some(vec![api::FINALIZER.to_owned()]),
         ..ObjectMeta::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::jiff::Timestamp;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn of_several_disks_each_has_a_mark_of_its_own() {
+        let backup: VmBackup = serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1",
+            "kind": "VmBackup", "metadata": {"name": "b", "uid": "u"}, "spec": {"vm": "db01"}}))
+        .unwrap();
+        let marks = |targets: &[&str]| -> Vec<Option<String>> {
+            let disk = |target: &&str| json!({"target": target, "format": "qcow2", "backup": "Incremental"});
+            let disks = targets.iter().map(|target| serde_json::from_value(disk(target)).unwrap());
+            let binding = Binding {
+                node: "n".to_owned(),
+                vm_uuid: "v".to_owned(),
+                disks: Vec::new(),
+                from_checkpoint: None,
+                in_checkpoint: disks.collect(),
+                parent: None,
+                checkpoint_time: Timestamp::UNIX_EPOCH,
+            };
+            let made = checkpoint(&backup, &binding, "c").unwrap();
+            assert_eq!(made.spec.marks().len(), if targets.len() > 1 { targets.len() } else { 0 });
+            made.spec.disks.into_iter().map(|disk| disk.mark).collect()
+        };
+        assert_eq!(marks(&["vda"]), [None], "its bitmap alone tells it");
+        let [a, b] = ["virtmark-c-u.vda", "virtmark-c-u.vdb"].map(|mark| Some(mark.to_owned()));
+        assert_eq!(marks(&["vda", "vdb"]), [a, b]);
     }
 }

@@ -9,7 +9,7 @@ use k8s_openapi::jiff::SignedDuration;
 use kube::api::{ListParams, ObjectMeta};
 use kube::{Api, ResourceExt as _};
 
-use self::publish::{Change, Marks, publish};
+use self::publish::{Change, Owners, publish};
 use super::backup::resolve::NodeHealth;
 use super::{Context, OperatorError};
 use crate::api::{self, LibvirtDomain, LibvirtDomainSpec};
@@ -49,8 +49,8 @@ pub async fn publish_all(
         let spec = &checkpoint.spec;
         ((spec.vm_uuid.clone(), spec.bitmap.clone()), checkpoint.name_any())
     });
-    let marks = Marks { cluster: context.cluster.clone(), named: named.collect() };
-    let changes = publish(&seen, &published, &marks, &lost, grace, clock::now());
+    let owners = Owners { cluster: context.cluster.clone(), named: named.collect() };
+    let changes = publish(&seen, &published, &owners, &lost, grace, clock::now());
     // a name is free again before another VM takes it; everything else is a VM's own
     let is_deletion = |change: &Change| matches!(change, Change::Delete { .. });
     let (deletions, rest): (Vec<_>, Vec<_>) = changes.into_iter().partition(is_deletion);

@@ -42,19 +42,24 @@ pub enum Change {
 
 /// Whose bitmaps are whose.
 #[derive(Clone, Debug, Default)]
-pub struct Marks {
+pub struct Owners {
     /// The cluster's id, by which bitmaps are told that are ours.
     pub cluster: String,
     /// By the uuid of a VM and the name of a bitmap, the VmCheckpoint that names it.
     pub named: HashMap<(String, String), String>,
 }
 
-impl Marks {
+impl Owners {
     /// The checkpoints that a sighting tells of, as users see them; those of `old` until its domain was looked at.
     fn list(&self, sighting: &DomainSightingSpec, old: &[DomainCheckpoint]) -> Vec<DomainCheckpoint> {
         let Some(seen) = &sighting.checkpoints else { return old.to_vec() };
         let prefix = bitmap_prefix(&self.cluster);
-        let all = seen.iter().filter_map(|one| {
+        let is_mark = |name: &str| {
+            let of = name.rsplit_once('.').map(|(bitmap, _)| bitmap);
+            of.is_some_and(|of| of.starts_with(&prefix) && seen.iter().any(|other| other.name == of))
+        };
+        // what a checkpoint of several disks has beside its bitmaps goes with them
+        let all = seen.iter().filter(|one| !is_mark(&one.name)).filter_map(|one| {
             let there = one.disks.iter().filter(|disk| disk.health != BitmapHealth::Missing);
             let disks: Vec<_> = there.map(|disk| disk.target.clone()).collect();
             let is_ours = one.name.starts_with(&prefix);
@@ -83,7 +88,7 @@ pub fn shown(sighting: &DomainSightingSpec) -> DomainSightingSpec {
 pub fn publish(
     sightings: &[DomainSightingSpec],
     published: &[LibvirtDomain],
-    marks: &Marks,
+    owners: &Owners,
     lost_nodes: &HashSet<String>,
     grace: SignedDuration,
     now: Timestamp,
@@ -98,7 +103,7 @@ pub fn publish(
         let old = domain.status.clone().unwrap_or_default();
         let seen = by_uuid.get(domain.spec.uuid.as_str());
         let new = match seen.and_then(|seen| winner(seen, old.node_name.as_deref())) {
-            Some(sighting) => seen_status(&old, sighting, marks, domain.metadata.generation, now),
+            Some(sighting) => seen_status(&old, sighting, owners, domain.metadata.generation, now),
             None => unseen_status(&old, lost_nodes, domain.metadata.generation, now),
         };
         let replaced = new.state == Some(DomainState::Missing)
@@ -127,7 +132,7 @@ pub fn publish(
         changes.push(Change::Create {
             name,
             uuid: (*uuid).to_owned(),
-            status: Box::new(seen_status(&LibvirtDomainStatus::default(), sighting, marks, Some(1), now)),
+            status: Box::new(seen_status(&LibvirtDomainStatus::default(), sighting, owners, Some(1), now)),
             taken: is_taken.then_some(wanted),
         });
     }
@@ -157,7 +162,7 @@ fn winner<'a>(seen: &[&'a DomainSightingSpec], holder: Option<&str>) -> Option<&
 fn seen_status(
     old: &LibvirtDomainStatus,
     sighting: &DomainSightingSpec,
-    marks: &Marks,
+    owners: &Owners,
     generation: Option<i64>,
     now: Timestamp,
 ) -> LibvirtDomainStatus {
@@ -170,7 +175,7 @@ fn seen_status(
         domain_name: Some(sighting.name.clone()),
         incremental: Some(format!("{incremental}/{supported}")),
         disks: sighting.disks.clone(),
-        checkpoints: marks.list(sighting, &old.checkpoints),
+        checkpoints: owners.list(sighting, &old.checkpoints),
         ..old.clone()
     };
     let (standing, reason, message) = match (sighting.state, supported) {
@@ -292,13 +297,13 @@ mod tests {
 
     fn round(world: &mut Vec<LibvirtDomain>, sightings: &[DomainSightingSpec], lost: &[&str], now: i64) {
         let lost = lost.iter().map(|node| (*node).to_owned()).collect();
-        let marks = Marks {
+        let owners = Owners {
             cluster: "0a1b2c3d".to_owned(),
             named: HashMap::from([((A.to_owned(), "virtmark-0a1b2c3d-x".to_owned()), "x".to_owned())]),
         };
-        let changes = publish(sightings, world, &marks, &lost, SignedDuration::from_secs(60), at(now));
+        let changes = publish(sightings, world, &owners, &lost, SignedDuration::from_secs(60), at(now));
         apply(world, changes);
-        let again = publish(sightings, world, &marks, &lost, SignedDuration::from_secs(60), at(now));
+        let again = publish(sightings, world, &owners, &lost, SignedDuration::from_secs(60), at(now));
         assert_eq!(again, [], "once said, nothing is said again");
     }
 
@@ -380,7 +385,7 @@ mod tests {
         let said = |state, disks: &[crate::api::DomainDisk]| {
             let sighting = DomainSightingSpec { disks: disks.to_vec(), ..sighting("n", A, "db01", state) };
             let status =
-                seen_status(&LibvirtDomainStatus::default(), &sighting, &Marks::default(), Some(1), at(1));
+                seen_status(&LibvirtDomainStatus::default(), &sighting, &Owners::default(), Some(1), at(1));
             [conditions::READY, conditions::RECONCILING, conditions::STALLED]
                 .map(|kind| conditions::is_true(&status.conditions, kind))
         };

@@ -44,7 +44,7 @@ where
     *object.status_mut() = Some(status);
     let params = PostParams { field_manager: Some(manager.to_owned()), ..PostParams::default() };
     let written = api.replace_status(&object.name_any(), &params, &object).await?;
-    went_back(written.meta().resource_version.as_deref(), false);
+    saw(written.meta().resource_version.as_deref());
     Ok(written)
 }
 
@@ -77,7 +77,7 @@ where
         watcher(api, config).backoff(Patience::default()).reflect(writer).inspect(move |event| match event {
             Ok(watcher::Event::Delete(object)) => left(object),
             Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
-                went_back(object.meta().resource_version.as_deref(), false);
+                saw(object.meta().resource_version.as_deref());
             }
             _ => {}
         });
@@ -223,19 +223,41 @@ fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
     }
 }
 
-/// What a process says that ends because the store was [put back](went_back).
+/// What a process says that ends because the store was [put back](Asked::went_back).
 pub const REWOUND: &str = "the API server's store was put back to an earlier state: what was watched is no more, so this starts \
     anew";
 
-/// The newest version of the API server's store that this process has seen, in whatever it read, watched or wrote.
+/// The newest version of the API server's store that this process has seen, in whatever it watched or wrote.
 static NEWEST: AtomicU64 = AtomicU64::new(0);
 
-/// Notes the version of something that was just read, watched or written. True when it proves that the store was put back
-/// to an earlier state, as when etcd is restored: `fresh`, it is the store's own of this moment, and these only grow.
-/// Watches go on from versions that are to come then, and see nothing until they do.
-pub fn went_back(version: Option<&str>, fresh: bool) -> bool {
-    let Some(version) = version.and_then(|version| version.parse().ok()) else { return false };
-    NEWEST.fetch_max(version, Ordering::Relaxed) > version && fresh
+fn parsed(version: Option<&str>) -> Option<u64> {
+    version?.parse().ok()
+}
+
+/// Notes the version of something that was watched or written.
+fn saw(version: Option<&str>) {
+    if let Some(version) = parsed(version) {
+        NEWEST.fetch_max(version, Ordering::Relaxed);
+    }
+}
+
+/// The newest version that had been seen when the API server was asked for something: the store has no older one to tell.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked(u64);
+
+impl Asked {
+    /// Before the request is sent: what is seen until the answer comes may be newer than that.
+    pub fn now() -> Self {
+        Self(NEWEST.load(Ordering::Relaxed))
+    }
+
+    /// Whether the store was put back to an earlier state meanwhile, as when etcd is restored. `version` is the answer's, and
+    /// the store's own of that moment; these only grow. Watches go on from versions that are to come then, and see nothing
+    /// until they do.
+    pub fn went_back(self, version: Option<&str>) -> bool {
+        saw(version);
+        parsed(version).is_some_and(|version| version < self.0)
+    }
 }
 
 /// Comes back once the API server's store was put back to an earlier state.
@@ -243,9 +265,10 @@ pub async fn rewound(client: &Client, namespace: &str) {
     let any = Api::<DomainSighting>::namespaced(client.clone(), namespace);
     loop {
         tokio::time::sleep(LOOK).await;
+        let asked = Asked::now();
         // the list's own version is the store's
         if let Ok(list) = any.list_metadata(&ListParams::default().limit(1)).await
-            && went_back(list.metadata.resource_version.as_deref(), true)
+            && asked.went_back(list.metadata.resource_version.as_deref())
         {
             // whoever reads from now on is not behind
             NEWEST.store(0, Ordering::Relaxed);
@@ -298,10 +321,14 @@ mod tests {
 
     #[test]
     fn versions_only_grow_unless_the_store_was_put_back() {
-        let seen = [("7", true), ("7", true), ("20", false), ("19", false), ("opaque", true), ("21", true)];
-        assert!(!seen.into_iter().any(|(version, fresh)| went_back(Some(version), fresh)));
-        assert!(went_back(Some("20"), true), "21 was there before");
-        assert!(!went_back(None, true));
+        let before = Asked::now();
+        assert!(!before.went_back(Some("7")));
+        let asked = Asked::now();
+        // seen on a watch before the answer came
+        saw(Some("21"));
+        assert!(!asked.went_back(Some("20")));
+        assert!(!asked.went_back(Some("opaque")) && !asked.went_back(None));
+        assert!(Asked::now().went_back(Some("20")), "21 was there before it was asked");
     }
 
     #[test]

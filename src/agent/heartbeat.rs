@@ -24,8 +24,9 @@ pub async fn beat(client: Client, namespace: &str, node: &str, seconds: u16) {
     loop {
         let lease = lease(node, seconds, clock::now());
         let name = api::agent_lease(node);
+        let asked = cluster::Asked::now();
         match leases.patch(&name, &params, &Patch::Apply(&lease)).await {
-            Ok(lease) if cluster::went_back(lease.metadata.resource_version.as_deref(), true) => return,
+            Ok(lease) if asked.went_back(lease.metadata.resource_version.as_deref()) => return,
             Ok(_) => {}
             Err(error) => {
                 tracing::warn!(%error, "the agent's Lease was not renewed: nothing new is bound to this node meanwhile");

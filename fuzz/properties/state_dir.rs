@@ -194,6 +194,7 @@ fn record(uid: &str, target: &str) -> Record {
             strict: false,
             noted: None,
             marks: Default::default(),
+            sizes: Default::default(),
         }),
         disks: vec![disk],
         marked: false,

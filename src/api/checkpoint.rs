@@ -95,6 +95,15 @@ pub struct CheckpointDisk {
 }
 
 impl VmCheckpointSpec {
+    /// The sizes of its disks in bytes, by target, where they are known.
+    pub fn sizes(&self) -> BTreeMap<String, u64> {
+        let known = self.disks.iter().filter_map(|disk| {
+            let size = disk.size.and_then(|size| u64::try_from(size).ok()).filter(|size| *size > 0)?;
+            Some((disk.target.clone(), size))
+        });
+        known.collect()
+    }
+
     /// The marks of its disks, by target.
     pub fn marks(&self) -> BTreeMap<String, String> {
         let marked = self.disks.iter().filter_map(|disk| Some((disk.target.clone(), disk.mark.clone()?)));

@@ -45,6 +45,7 @@ pub(super) async fn adopt(
         // what libvirt knows of ours was left by an earlier try of ours
         noted: checkpoint.spec.bitmap.starts_with(BITMAP_PREFIX).then_some(false),
         marks: checkpoint.spec.marks(),
+        sizes: checkpoint.spec.sizes(),
         bitmap: checkpoint.spec.bitmap,
         created: checkpoint.spec.creation_time.0.as_second(),
         strict: backup.spec.on_invalid_checkpoint == InvalidCheckpointPolicy::Fail,

@@ -51,24 +51,31 @@ impl Host {
         Ok(())
     }
 
-    /// Sees that the images are those that the base was made of. A disk whose image is another's is read in full, or fails
-    /// the backup: its bitmap is whole, and true of the other disk.
+    /// Sees that the images are those that the base was made of, and as large. A disk whose image is another's is read in
+    /// full, or fails the backup: its bitmap is whole, and true of the other disk. The inventory may not have known it yet.
     ///
     /// # Errors
-    /// libvirt's, or the first image that is another's, where that fails the backup.
+    /// libvirt's, or the first image that is not the same, where that fails the backup.
     pub(super) fn know_again(&self, record: &mut Record) -> Result<(), HostError> {
         let Some(base) = &record.base else { return Ok(()) };
         for disk in record.disks.iter_mut().filter(|disk| disk.incremental) {
-            let Some(mark) = base.marks.get(&disk.target) else { continue };
-            if self.has_mark(&record.vm_uuid, &disk.target, mark)? {
-                continue;
-            }
-            let message = replaced(disk.image.as_deref());
+            let resized = base.sizes.get(&disk.target).filter(|size| **size != disk.size);
+            let why = if let Some(size) = resized {
+                let message = format!("{size} bytes at the checkpoint, {} now", disk.size);
+                (FullReason::SizeChanged, message)
+            } else {
+                match base.marks.get(&disk.target) {
+                    Some(mark) if !self.has_mark(&record.vm_uuid, &disk.target, mark)? => {
+                        (FullReason::DiskReplaced, replaced(disk.image.as_deref()))
+                    }
+                    _ => continue,
+                }
+            };
             if base.strict {
-                return Err(HostError::Replaced { disk: disk.target.clone(), message });
+                return Err(HostError::Replaced { disk: disk.target.clone(), message: why.1 });
             }
             disk.incremental = false;
-            disk.full_because = Some((FullReason::DiskReplaced, Some(message)));
+            disk.full_because = Some((why.0, Some(why.1)));
         }
         Ok(())
     }

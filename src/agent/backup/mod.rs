@@ -6,6 +6,7 @@ mod begun;
 pub mod decide;
 pub mod life;
 pub mod mark;
+mod perform;
 pub mod reconcile;
 pub mod scratch;
 pub mod status;

@@ -92,6 +92,9 @@ pub struct Base {
     /// By disk, the bitmap that it put into that disk's image alone.
     #[serde(default)]
     pub marks: BTreeMap<String, String>,
+    /// By disk, its virtual size in bytes when the checkpoint was made, where that is known.
+    #[serde(default)]
+    pub sizes: BTreeMap<String, u64>,
 }
 
 /// One disk of a backup.

@@ -83,6 +83,7 @@ fn a_record_that_leads_elsewhere_is_none() {
                 strict: false,
                 noted: None,
                 marks: Default::default(),
+                sizes: Default::default(),
             }),
             ..good.clone()
         },

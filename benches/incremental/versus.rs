@@ -120,7 +120,9 @@ impl Bench {
 
     fn incremental(&self, vm: &str, most: usize) -> Result<Steps> {
         let steps = self.run(vm, BackupType::Incremental, most)?;
-        ensure!(steps.bytes == PIECES * PIECE, "{} bytes were read", steps.bytes);
+        // the last cluster that did not change is read with what did (`imageio/tail.rs`)
+        let expected = PIECES * PIECE..=PIECES * PIECE + PIECE;
+        ensure!(expected.contains(&steps.bytes), "{} bytes were read", steps.bytes);
         Ok(steps)
     }
 

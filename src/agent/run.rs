@@ -197,7 +197,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
                         if tidies {
                             host.state.forget_succeeded(kept_since)?;
                         }
-                        Ok(host.remove_orphans()?)
+                        host.remove_orphans()
                     });
                     if let Err(error) = tidied.await {
                         tracing::warn!(%error, "bitmaps of failed backups, or old records, are left");

@@ -3,8 +3,8 @@
 //! ```text
 //!  floor 4  assemblies   controller             agent
 //!  floor 3  ports        cluster clock killpoint telemetry    nbd::client  imageio::serve  libvirt
-//!  floor 2  decisions    controller::*::{resolve,desired,status}  agent::backup::{life,decide,status}
-//!                        imageio::{ticket,coverage,route}
+//!  floor 2  decisions    controller::{chain,health,import,*::{resolve,desired,status}}
+//!                        agent::backup::{life,decide,scratch,status}  imageio::{ticket,coverage,route}
 //!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml
 //!  floor 0  vocabulary   extent   reason   step   outage
 //! ```

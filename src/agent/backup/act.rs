@@ -83,7 +83,7 @@ pub enum HostError {
 }
 
 impl HostError {
-    fn because(&self, action: Action) -> Because {
+    pub(super) fn because(&self, action: Action) -> Because {
         let reason = match self {
             // it is on its way to another node, or back
             Self::NoDomain | Self::NoSize(_) => Reason::VmBusy,
@@ -156,7 +156,7 @@ impl Host {
     }
 
     /// Whether an action failed because libvirt is away or busy, or the QEMU is gone that the backup was prepared with.
-    fn is_cut_off(&self, record: &Record, error: &HostError) -> bool {
+    pub(super) fn is_cut_off(&self, record: &Record, error: &HostError) -> bool {
         matches!(error, HostError::Libvirt(error)
             if error.is_unreachable() || error.is_busy() || error.is_monitor_lost())
             || self.libvirt.qemu(&record.vm_uuid).ok().flatten() != record.qemu

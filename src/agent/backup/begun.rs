@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
+use super::life::{Action, Outcome};
 use crate::agent::state::Record;
 use crate::agent::{AgentError, Context};
 use crate::imageio;
@@ -14,14 +15,22 @@ use crate::libvirt::xml::Domain;
 /// The largest cluster that a qcow2 image can have.
 const LARGEST_CLUSTER: u64 = 2 << 20;
 
-/// Does what was not done yet.
+/// Does what was not done yet. Where libvirt will not have it, that is the backup's end.
 ///
 /// # Errors
 /// When libvirt or an export cannot be asked, or the record not be kept: the caller tries again.
 pub(super) async fn follow(record: &mut Record, context: &Context) -> Result<(), AgentError> {
     if !record.marked {
         let (host, asked) = (context.host.clone(), record.clone());
-        context.blocking(move || host.mark(&asked)).await?;
+        let refused = context.blocking(move || match host.mark(&asked) {
+            Err(error) if !host.is_cut_off(&asked, &error) => Ok(Some(error.because(Action::Begin))),
+            other => other.map(|()| None),
+        });
+        if let Some(because) = refused.await? {
+            // without its marks the checkpoint would be no base
+            record.life.end(Outcome::Failed(because));
+            return Ok(());
+        }
         record.marked = true;
         context.host.state.store(record).map_err(AgentError::State)?;
     }

@@ -117,6 +117,9 @@ pub async fn reconcile(mut backup: Arc<VmBackup>, context: Arc<Context>) -> Resu
 
     if record.life.is_serving() {
         begun::follow(&mut record, &context).await?;
+        if record.life.outcome.is_some() {
+            return Ok(Requeue::requeue(SOON));
+        }
     }
     if record.has_succeeded() {
         context.host.state.store_succeeded(&record)?;

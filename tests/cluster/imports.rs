@@ -138,7 +138,7 @@ fn another_products_bitmap_is_a_base_and_stays_its_own() -> Result<()> {
     rig.published("Off")?;
     delete(&rig, "foreign-2")?;
     told(&rig, "foreign-2", "BitmapKept")?;
-    let left = rig.bitmaps("vda")?;
+    let left = rig.all_bitmaps("vda")?;
     ensure!(left.contains(&theirs.to_owned()) && left.contains(&"virtnbdbackup.0".to_owned()), "{left:?}");
     wait_until(BOUND, "it to be listed as theirs", || {
         let found = listed(&rig, theirs)?;

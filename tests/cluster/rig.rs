@@ -213,7 +213,8 @@ impl Rig {
         Ok(bitmaps)
     }
 
-    fn all_bitmaps(&self, target: &str) -> Result<Vec<String>> {
+    /// Names of all bitmaps in a disk of the VM, running or off.
+    pub fn all_bitmaps(&self, target: &str) -> Result<Vec<String>> {
         if self.vm.state()? != "shut off" {
             return self.vm.live_bitmaps();
         }

@@ -65,8 +65,8 @@ pub(super) async fn adopt(
     if matches!(status.phase, Phase::Ready | Phase::Finalizing) {
         // never a second point in time: what was read of the first one is not known any more
         let message = "this agent's record of it is lost: what was served is not known";
-        // bitmaps that no record says were made for this backup may be somebody's chain: they stay, and are listed
-        life.held = Held { files: true, base: base.is_some(), ..Held::default() };
+        life.held =
+            Held { files: true, checkpoint: bitmap.is_some(), base: base.is_some(), ..Held::default() };
         life.end(Outcome::Failed(Because::new(Reason::HypervisorError, message)));
     }
     let record = Record {

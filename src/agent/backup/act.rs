@@ -224,12 +224,8 @@ impl Host {
                 Err(error) => return Err(error.into()),
             }
         }
-        let whole: Vec<_> = whole.into_iter().map(str::to_owned).collect();
         read_in_full(record, refused, base.strict)?;
-        match whole.as_slice() {
-            [] => Ok(()),
-            whole => Ok(define(&whole.iter().map(String::as_str).collect::<Vec<_>>())?),
-        }
+        if whole.is_empty() { Ok(()) } else { Ok(define(&whole)?) }
     }
 
     /// libvirt knows the base, from another product, and goes on knowing it. A disk of it that QEMU cannot count is not whole.
@@ -237,15 +233,9 @@ impl Host {
         let counted = self.libvirt.checkpoint_disks(&record.vm_uuid, &base.bitmap, true)?.unwrap_or_default();
         let is_whole =
             |target: &str| counted.iter().any(|disk| disk.target == target && disk.dirty.is_some());
+        let broken = record.disks.iter().filter(|disk| disk.incremental && !is_whole(&disk.target));
         let refused =
-            record.disks.iter().filter(|disk| disk.incremental && !is_whole(&disk.target)).map(|disk| {
-                let (bitmap, target) = (&base.bitmap, &disk.target);
-                (
-                    target.clone(),
-                    format!("libvirt cannot count bitmap {bitmap} of disk {target}: it is missing or broken"),
-                )
-            });
-        let refused = refused.collect();
+            broken.map(|disk| (disk.target.clone(), uncounted(&base.bitmap, &disk.target))).collect();
         read_in_full(record, refused, base.strict)
     }
 
@@ -428,6 +418,11 @@ impl Host {
         }
         Ok(true)
     }
+}
+
+/// What is said of a bitmap that libvirt has a note of, and QEMU does not count.
+pub(in crate::agent) fn uncounted(bitmap: &str, target: &str) -> String {
+    format!("libvirt cannot count bitmap {bitmap} of disk {target}: it is missing or broken")
 }
 
 /// Notes which disks are read in full because their bitmap, with libvirt's words, is not whole; `strict`: that fails the

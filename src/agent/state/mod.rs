@@ -321,9 +321,7 @@ impl StateDir {
     /// # Errors
     /// When it cannot be written.
     pub fn store_orphan(&self, record: &Record) -> Result<(), StateError> {
-        let name = format!("{}.json", checked(&record.uid)?);
-        let path = self.orphans.join(&name);
-        self.orphaned()?.write(&name, &json(&path, record)?).map_err(io_error(&path))
+        keep(&self.orphaned()?, record)
     }
 
     /// The records of failed backups that had to leave bitmaps. One that cannot be read, or believed, is left out.
@@ -333,11 +331,7 @@ impl StateDir {
     pub fn orphans(&self) -> Result<Vec<Record>, StateError> {
         let folder = self.orphaned()?;
         let names = folder.names().map_err(io_error(&self.orphans))?;
-        let records = names.iter().filter_map(|name| {
-            let record = read_json::<Record>(&folder, name).ok()??;
-            (*name == format!("{}.json", record.uid) && record.unsound().is_none()).then_some(record)
-        });
-        Ok(records.collect())
+        Ok(names.iter().filter_map(|name| kept(&folder, name)).collect())
     }
 
     /// Forgets one whose bitmaps are removed.
@@ -358,9 +352,7 @@ impl StateDir {
     /// # Errors
     /// When it cannot be written.
     pub fn store_succeeded(&self, record: &Record) -> Result<(), StateError> {
-        let name = format!("{}.json", checked(&record.uid)?);
-        let path = self.succeeded.join(&name);
-        self.past()?.write(&name, &json(&path, record)?).map_err(io_error(&path))
+        keep(&self.past()?, record)
     }
 
     /// The record of a backup that succeeded, where it is still kept and can be believed.
@@ -368,8 +360,8 @@ impl StateDir {
     /// # Errors
     /// When the folder cannot be read.
     pub fn succeeded(&self, uid: &str) -> Result<Option<Record>, StateError> {
-        let record = read_json::<Record>(&self.past()?, &format!("{}.json", checked(uid)?)).ok().flatten();
-        Ok(record.filter(|record| record.uid == uid && record.unsound().is_none() && record.has_succeeded()))
+        let record = kept(&self.past()?, &format!("{}.json", checked(uid)?));
+        Ok(record.filter(Record::has_succeeded))
     }
 
     /// Forgets the records of backups that succeeded before `since`.
@@ -411,6 +403,19 @@ fn checked(uid: &str) -> Result<&str, StateError> {
 fn io_error(path: &Path) -> impl Fn(io::Error) -> StateError {
     let path = path.to_owned();
     move |source| StateError::Io { path: path.clone(), source }
+}
+
+/// Keeps a record in a folder of such.
+fn keep(folder: &Folder, record: &Record) -> Result<(), StateError> {
+    let name = format!("{}.json", checked(&record.uid)?);
+    let path = folder.path().join(&name);
+    folder.write(&name, &json(&path, record)?).map_err(io_error(&path))
+}
+
+/// What was kept under this name; nothing that cannot be read, or believed.
+fn kept(folder: &Folder, name: &str) -> Option<Record> {
+    let record = read_json::<Record>(folder, name).ok()??;
+    (name == format!("{}.json", record.uid) && record.unsound().is_none()).then_some(record)
 }
 
 fn json<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, StateError> {

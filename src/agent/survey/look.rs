@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::report::{Found, Wanted};
-use crate::agent::backup::act::{Host, HostError};
+use crate::agent::backup::act::{Host, HostError, uncounted};
 use crate::agent::image::{Info, read_locked, read_shared};
 use crate::api::{BitmapHealth, DomainState, SightedBitmap};
 use crate::libvirt::xml::{self, Domain, NotedDisk};
@@ -178,11 +178,7 @@ fn count_noted(
     let counted = host.libvirt.checkpoint_disks(uuid, name, true)?.unwrap_or_default();
     let one = |target: &&str| match counted.iter().find(|disk| disk.target == **target)?.dirty {
         Some(bytes) => Some(sighted(target, BitmapHealth::Whole, None, Some(bytes), None)),
-        None => {
-            let words =
-                format!("libvirt cannot count bitmap {name} of disk {target}: it is missing or broken");
-            Some(sighted(target, BitmapHealth::Broken, None, None, Some(words)))
-        }
+        None => Some(sighted(target, BitmapHealth::Broken, None, None, Some(uncounted(name, target)))),
     };
     Ok(targets.iter().filter_map(one).collect())
 }

@@ -15,6 +15,8 @@ mod client;
 #[path = "../cpu.rs"]
 mod cpu;
 mod image;
+#[path = "../machine.rs"]
+mod machine;
 mod measure;
 #[path = "../report.rs"]
 mod report;
@@ -32,6 +34,7 @@ use clap::Parser;
 use serde_json::json;
 
 use cases::{CASES, CPU, CPU_UNIT, Case, Side};
+use machine::{first_line, machine_with};
 use measure::{Patience, Sample};
 use report::{Row, Runs};
 use stage::{Size, Stage};
@@ -217,22 +220,7 @@ fn our_server(arguments: &Arguments) -> Result<PathBuf> {
 
 /// When, on what, and against which versions.
 fn machine() -> Result<String> {
-    let first_line = |program: &str, arguments: &[&str]| -> Result<String> {
-        let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
-        let output = output.with_context(|| program.to_owned())?;
-        Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
-    };
-    let processor = fs::read_to_string("/proc/cpuinfo")?;
-    let processor = processor.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
-    let cores = std::thread::available_parallelism()?;
-    Ok([
-        first_line("date", &["-u", "+%FT%RZ"])?,
-        format!("{cores} x {}", processor.unwrap_or("unknown processor")),
-        format!("Linux {}", fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()),
-        first_line("qemu-nbd", &["--version"])?,
-        first_line("nbdcopy", &["--version"])?,
-    ]
-    .join(", "))
+    machine_with([first_line("qemu-nbd", &["--version"])?, first_line("nbdcopy", &["--version"])?])
 }
 
 /// In KiB.

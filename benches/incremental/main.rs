@@ -7,13 +7,14 @@ mod backup;
 #[path = "../cpu.rs"]
 mod cpu;
 mod crowd;
+#[path = "../machine.rs"]
+mod machine;
 #[path = "../report.rs"]
 mod report;
 mod versus;
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -27,6 +28,7 @@ use virtmark_bed::hypervisor::Hypervisor;
 use virtmark_bed::{Bed, wait_until};
 
 use backup::Product;
+use machine::{first_line, machine_with};
 use report::Row;
 
 /// Measures some rows.
@@ -117,20 +119,9 @@ fn main() -> Result<()> {
 
 /// When, on what, and against which versions.
 fn machine() -> Result<String> {
-    let first_line = |program: &str, arguments: &[&str]| -> Result<String> {
-        let output = Command::new(program).args(arguments).output().with_context(|| program.to_owned())?;
-        Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
-    };
-    let processor = fs::read_to_string("/proc/cpuinfo")?;
-    let processor = processor.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
-    let cores = std::thread::available_parallelism()?;
-    Ok([
-        first_line("date", &["-u", "+%FT%RZ"])?,
-        format!("{cores} x {}", processor.unwrap_or("unknown processor")),
-        format!("Linux {}", fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()),
+    machine_with([
         first_line("qemu-system-x86_64", &["--version"])?,
         first_line("virsh", &["--version"]).map(|version| format!("libvirt {version}"))?,
         first_line("virtnbdbackup", &["--version"]).map(|version| format!("virtnbdbackup {version}"))?,
-    ]
-    .join(", "))
+    ])
 }

@@ -106,6 +106,8 @@ reasons! {
     VmNotFound Never "VmBackup, VmCheckpoint, LibvirtDomain", "list the VMs with kubectl get lvd",
     /// A disk that was named does not exist in the VM.
     DiskNotFound Never "VmBackup, VmCheckpoint, ImageTransfer", "list the disks in the LibvirtDomain's status.disks",
+    /// The VM lost or got a disk while the backup was on its way to the node.
+    DisksChanged Never "VmBackup", "make a new backup: it has the disks of now",
     /// A disk that was named cannot be backed up, or the VM has none that can.
     DiskNotSupported Never "VmBackup, LibvirtDomain", "leave the disk out of spec.disks, or change it as the message says",
     /// No such VmCheckpoint, or no usable one to start from.

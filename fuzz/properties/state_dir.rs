@@ -197,6 +197,7 @@ fn record(uid: &str, target: &str) -> Record {
             sizes: Default::default(),
         }),
         disks: vec![disk],
+        all_disks: false,
         marked: false,
         qemu: None,
         quiesce: QuiesceMode::None,

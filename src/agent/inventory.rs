@@ -1,10 +1,12 @@
 //! Publishes what this node's libvirt says of its domains, as DomainSightings. The operator makes the
 //! LibvirtDomains that users see out of them.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
+use tokio::time::Instant;
 
 use super::{AgentError, Context};
 use crate::api::{self, DomainSighting, DomainSightingSpec};
@@ -31,13 +33,7 @@ pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
     if !is_uuid(&domain.uuid) || domain.name.is_empty() {
         return None;
     }
-    let mut targets = HashSet::new();
-    let named = domain
-        .devices
-        .disks
-        .iter()
-        .filter(|disk| api::is_disk_target(&disk.target.dev) && targets.insert(disk.target.dev.as_str()));
-    let disks = named.take(128).map(|disk| disk.sighted(size(&disk.target.dev)));
+    let disks = domain.inventoried().map(|disk| disk.sighted(size(&disk.target.dev)));
     Some(DomainSightingSpec {
         node_name: node.to_owned(),
         uuid: domain.uuid.clone(),
@@ -48,8 +44,12 @@ pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
     })
 }
 
+/// For how long what was read is believed: somebody may delete it.
+pub const BELIEVED: Duration = Duration::from_secs(60);
+
 /// What this agent last wrote, by domain uuid: equal sightings are not written again.
 pub struct Inventory {
+    read: Instant,
     api: Api<DomainSighting>,
     namespace: String,
     written: HashMap<String, DomainSighting>,
@@ -64,7 +64,12 @@ impl Inventory {
         let api = Api::<DomainSighting>::namespaced(context.client.clone(), namespace);
         let ours = ListParams::default().fields(&format!("spec.nodeName={}", context.node));
         let written = api.list(&ours).await?.into_iter().map(|s| (s.spec.uuid.clone(), s)).collect();
-        Ok(Self { api, namespace: namespace.to_owned(), written })
+        Ok(Self { read: Instant::now(), api, namespace: namespace.to_owned(), written })
+    }
+
+    /// When it is to be read again.
+    pub fn due(&self) -> Instant {
+        self.read + BELIEVED
     }
 
     /// Makes the sightings say what libvirt says now.

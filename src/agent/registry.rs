@@ -338,6 +338,7 @@ mod tests {
             bitmap: None,
             base: None,
             disks: Vec::new(),
+            all_disks: false,
             marked: false,
             qemu: None,
             quiesce: QuiesceMode::None,

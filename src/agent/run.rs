@@ -20,7 +20,7 @@ use super::certificate::Certificate;
 use super::config::Config;
 use super::context::{AgentError, Context};
 use super::cordon::Cordon;
-use super::inventory::Inventory;
+use super::inventory::{BELIEVED, Inventory};
 use super::registry::{Live, Registry};
 use super::state::{StateDir, StateLock};
 use super::survey::{self, Survey};
@@ -31,9 +31,6 @@ use crate::clock;
 use crate::cluster::{self, Events};
 use crate::imageio::{self, BindError, ImageServer, Tickets};
 use crate::libvirt::{self, Libvirt, Notice};
-
-/// How often the inventory is read although libvirt said nothing.
-const SAFETY_NET: Duration = Duration::from_secs(60);
 
 /// How soon what could not be published is tried again.
 const UNPUBLISHED: Duration = Duration::from_secs(1);
@@ -140,16 +137,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let watched = Arc::clone(&context);
     let namespace = config.system_namespace.clone();
     let inventory = async move {
-        let (mut inventory, mut due) = (None, SAFETY_NET);
-        let mut next = Instant::now() + due;
+        let (mut inventory, mut next) = (None, Instant::now() + BELIEVED);
         loop {
             let heard = tokio::select! {
                 heard = tokio::time::timeout_at(next, notices.next()) => heard,
                 Some(uuid) = looked.next() => {
                     if let Err(error) = publish_look(&mut inventory, &uuid, &watched).await {
                         tracing::warn!(%error, "what was seen of a domain's bitmaps was not published");
-                        (inventory, due) = (None, UNPUBLISHED);
-                        next = Instant::now() + due;
+                        (inventory, next) = (None, Instant::now() + UNPUBLISHED);
                     }
                     continue;
                 }
@@ -157,25 +152,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             match heard {
                 Ok(None) => return,
                 Ok(Some(notice)) => heed(&watched, notice),
-                Err(_) if due == SAFETY_NET => {
-                    watched.registry.wake_domain(None);
-                    // somebody may have deleted what was written
-                    inventory = None;
-                }
+                // the safety net, when libvirt says nothing
+                Err(_) if inventory.is_some() => watched.registry.wake_domain(None),
                 Err(_) => {}
             }
             while let Ok(more) = notices.try_recv() {
                 heed(&watched, more);
             }
-            due = match publish(&mut inventory, &watched, &namespace).await {
-                Ok(()) => SAFETY_NET,
+            next = match publish(&mut inventory, &watched, &namespace).await {
+                Ok(due) => due,
                 Err(error) => {
                     tracing::warn!(%error, "the inventory was not published");
                     inventory = None;
-                    UNPUBLISHED
+                    Instant::now() + UNPUBLISHED
                 }
             };
-            next = Instant::now() + due;
         }
     };
     let kept = Arc::clone(&context);
@@ -347,16 +338,18 @@ async fn thaw(context: &Context) {
     }
 }
 
+/// Publishes what libvirt says; answers when to do so again although libvirt says nothing.
 async fn publish(
     inventory: &mut Option<Inventory>,
     context: &Context,
     namespace: &str,
-) -> Result<(), AgentError> {
+) -> Result<Instant, AgentError> {
     let loaded = match inventory {
-        Some(loaded) => loaded,
-        None => inventory.insert(Inventory::load(context, namespace).await?),
+        Some(loaded) if Instant::now() < loaded.due() => loaded,
+        _ => inventory.insert(Inventory::load(context, namespace).await?),
     };
-    loaded.publish(context).await
+    loaded.publish(context).await?;
+    Ok(loaded.due())
 }
 
 /// Publishes what a look at a domain's bitmaps found.

@@ -8,7 +8,7 @@ use serde_json::json;
 use virtmark::killpoint::PAUSE_VARIABLE;
 use virtmark_bed::daemon::Daemon;
 use virtmark_bed::guest::{self, Image};
-use virtmark_bed::{Bed, component, wait_until};
+use virtmark_bed::{Bed, Disk, component, wait_until};
 
 use super::rig::{BOUND, MIB, Rig, small};
 
@@ -154,6 +154,46 @@ fn a_vm_that_went_elsewhere_or_nowhere_before_its_backup_began_is_not_waited_for
         restart(&mut rig, &[])?;
     }
     Ok(())
+}
+
+#[test]
+fn a_disk_that_comes_or_goes_before_its_backup_began_is_not_left_out_in_silence() -> Result<()> {
+    let _alone = super::alone();
+    let mut rig = Rig::running_on(1, "plugged", [Disk::qcow2("vda", 4 * MIB)])?;
+    let new = Disk::qcow2("vdb", 4 * MIB);
+    let named = json!({"disks": ["vda"]});
+    for (number, plugs, spec, ends) in
+        [(1, true, json!({}), true), (2, false, json!({}), true), (3, true, named, false)]
+    {
+        restart(&mut rig, &[(PAUSE_VARIABLE, "RecordStored")])?;
+        let name = format!("plugged-{number}");
+        rig.backup(&name, spec)?;
+        stands_still(&rig.bed.agents[1])?;
+        if plugs {
+            rig.vm.plug(&new)?;
+        } else {
+            rig.vm.unplug("vdb")?;
+        }
+        rig.bed.agents[1].resume();
+        if ends {
+            rig.phase("vmbackup", &name, "Failed")?;
+            let message = rig.reason("vmbackup", &name, "DisksChanged")?;
+            ensure!(message.contains("vdb"), "{message}");
+        } else {
+            rig.phase("vmbackup", &name, "Ready")?;
+            rig.state("vmbackup", &name, "Cancelled")?;
+            rig.phase("vmbackup", &name, "Failed")?;
+        }
+        rig.host_is_clean()?;
+        ensure!(rig.bitmaps("vda")?.is_empty(), "a failed backup left its bitmaps");
+        // the backup that comes next is bound to what there is now
+        let disks = 1 + usize::from(plugs);
+        wait_until(BOUND, "the inventory to show it", || {
+            let status = rig.get("lvd", "plugged")?["status"].clone();
+            Ok((status["disks"].as_array().map(Vec::len) == Some(disks)).then_some(()))
+        })?;
+    }
+    restart(&mut rig, &[])
 }
 
 #[test]

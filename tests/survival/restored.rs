@@ -1,4 +1,4 @@
-//! The API forgets: etcd is restored from a copy. Chains go on where bitmaps
+//! The API forgets: etcd is restored from a copy, or the kinds are removed and made again. Chains go on where bitmaps
 //! and objects agree, nothing of anybody's is deleted, and what does not agree says so.
 
 use std::time::Duration;
@@ -129,4 +129,33 @@ fn chains_go_on_after_etcd_was_restored_from_a_copy() -> Result<()> {
     assert_eq!((sixth.base(), sixth.restored["vda"].mostly_read()), (fourth.checkpoint(), 2 * MIB));
     // what is left over is deleted as anything is
     rig.kubectl(&["delete", "vmcheckpoint", first.checkpoint(), "--timeout=60s"]).map(drop)
+}
+
+#[test]
+fn chains_go_on_after_the_kinds_were_removed_and_made_again() -> Result<()> {
+    let _alone = super::alone();
+    let rig = Rig::running_on(1, "renewed", [Disk::qcow2("vda", 16 * MIB)])?;
+    let take = |rig: &Rig, number: u8, spec: Value| {
+        rig.vm.write("vda", u64::from(number) * MIB, MIB, number)?;
+        Chain::of(rig, "renewed").take(&format!("renewed-{number}"), spec, || Ok(()))
+    };
+    take(&rig, 1, json!({}))?;
+    let second = take(&rig, 2, strict())?;
+    let before = held(&rig)?;
+    let lost = saved(&rig, second.checkpoint())?;
+    let kinds = "crds";
+    rig.kubectl(&["delete", "-f", kinds, "--timeout=120s"])?;
+    assert_eq!(held(&rig)?, before, "nobody asked for the bitmaps");
+    rig.kubectl(&["apply", "--server-side", "-f", kinds])?;
+    rig.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "-f", kinds])?;
+    // the inventory is made again by those who never went away
+    wait_until(Duration::from_secs(90), "the VM to be published again", || {
+        Ok(rig.get("lvd", "renewed").is_ok_and(|domain| domain["status"]["state"] == "Running").then_some(()))
+    })?;
+    apply(&rig, &lost)?;
+    rig.reason("vmcheckpoint", second.checkpoint(), "Imported")?;
+    let third = take(&rig, 3, strict())?;
+    assert_eq!((third.base(), third.restored["vda"].mostly_read()), (second.checkpoint(), MIB));
+    assert_eq!(held(&rig)?.len(), before.len() + 1);
+    rig.bed.store()
 }

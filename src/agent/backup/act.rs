@@ -56,8 +56,11 @@ pub enum HostError {
     #[error("the VM is not on this node")]
     NoDomain,
     /// A disk of the backup is no more.
-    #[error("the VM has no disk {0}")]
+    #[error("the VM has no disk {0} any more")]
     NoDisk(String),
+    /// A backup of all disks was bound before the VM had this one.
+    #[error("the VM has a disk {0} since the backup was bound, which would not be in it")]
+    NewDisk(String),
     /// libvirt does not tell a disk's size while the domain is starting, say.
     #[error("libvirt does not tell the size of disk {0} at the moment")]
     NoSize(String),
@@ -93,6 +96,7 @@ impl HostError {
             {
                 Reason::IncrementalNotSupported
             }
+            Self::NoDisk(_) | Self::NewDisk(_) => Reason::DisksChanged,
             Self::Redefine { .. } => Reason::RedefineFailed,
             Self::Replaced { .. } => Reason::DiskNotInCheckpoint,
             _ => Reason::HypervisorError,
@@ -170,6 +174,11 @@ impl Host {
         if let Some(base) = record.base.as_mut().filter(|base| base.noted.is_none()) {
             let known = self.libvirt.checkpoint_disks(&record.vm_uuid, &base.bitmap, false)?;
             base.noted = Some(known.is_some());
+        }
+        let planned = |target: &str| record.disks.iter().any(|disk| disk.target == target);
+        let missed = domain.inventoried().find(|disk| disk.can_be_backed_up() && !planned(&disk.target.dev));
+        if let Some(missed) = missed.filter(|_| record.all_disks) {
+            return Err(HostError::NewDisk(missed.target.dev.clone()));
         }
         let run = self.state.make_run(&record.uid)?;
         for planned in &mut record.disks {

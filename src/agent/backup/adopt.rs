@@ -78,6 +78,7 @@ pub(super) async fn adopt(
         bitmap,
         base,
         disks: disks.collect(),
+        all_disks: backup.spec.disks.is_none(),
         marked: false,
         qemu: None,
         quiesce: quiesce.mode,

@@ -158,6 +158,7 @@ mod tests {
             bitmap: Some("m".into()),
             base: None,
             disks: vec![disk("vda", true), disk("vdb", false)],
+            all_disks: false,
             marked: false,
             qemu: None,
             quiesce: QuiesceMode::BestEffort,

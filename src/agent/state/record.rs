@@ -29,6 +29,9 @@ pub struct Record {
     pub base: Option<Base>,
     /// The disks.
     pub disks: Vec<PlannedDisk>,
+    /// Whether it is of all the VM's disks, and not of those that its user named.
+    #[serde(default)]
+    pub all_disks: bool,
     /// Whether the images of its checkpoint are marked, as far as any are to be.
     #[serde(default)]
     pub marked: bool,

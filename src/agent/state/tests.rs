@@ -48,6 +48,7 @@ fn record(uid: &str) -> Record {
         bitmap: None,
         base: None,
         disks: vec![],
+        all_disks: false,
         marked: false,
         qemu: None,
         quiesce: QuiesceMode::None,

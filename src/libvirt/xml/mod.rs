@@ -2,12 +2,17 @@
 //!
 //! Sources: libvirt's formatdomain, formatbackup and formatcheckpoint pages.
 
+use std::collections::HashSet;
+
 use serde::Deserialize;
 
-use crate::api::{BackingFile, BackupSupport, DomainDisk};
+use crate::api::{self, BackingFile, BackupSupport, DomainDisk};
 
 /// Elements inside each other that are read: libvirt follows 200 images of a backing chain, and a few are around it.
 const MAX_DEPTH: usize = 256;
+
+/// Disks of a domain that the inventory holds.
+const MOST_DISKS: usize = 128;
 
 /// XML that is not what libvirt's schema says.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +151,15 @@ impl Domain {
         Ok(Self::deserialize(reader.recursion_limit(MAX_DEPTH))?)
     }
 
+    /// The disks that the inventory holds: those whose names the API server takes, each once.
+    pub fn inventoried(&self) -> impl Iterator<Item = &Disk> {
+        let mut targets = HashSet::new();
+        let named = self.devices.disks.iter();
+        named
+            .filter(move |disk| api::is_disk_target(&disk.target.dev) && targets.insert(&disk.target.dev))
+            .take(MOST_DISKS)
+    }
+
     /// Whether the guest agent's channel is connected, so that a freeze has somebody to ask.
     pub fn guest_agent_connected(&self) -> bool {
         self.devices.channels.iter().filter_map(|channel| channel.target.as_ref()).any(|target| {
@@ -202,6 +216,11 @@ impl Disk {
             backup,
             reason: reason.map(str::to_owned),
         }
+    }
+
+    /// Whether it is in a backup of all disks.
+    pub fn can_be_backed_up(&self) -> bool {
+        self.support().0 != BackupSupport::Unsupported
     }
 
     fn support(&self) -> (BackupSupport, Option<&'static str>) {

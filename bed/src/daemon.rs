@@ -19,6 +19,9 @@ pub struct Daemon {
     binary: PathBuf,
     arguments: Vec<String>,
     dir: PathBuf,
+    /// What its environment has besides, of this life.
+    #[serde(default)]
+    environment: Vec<(String, String)>,
     /// Its process.
     pub process: Process,
 }
@@ -30,7 +33,14 @@ impl Daemon {
     /// When it cannot be started.
     pub fn start(name: &str, binary: &Path, arguments: Vec<String>, dir: &Path) -> Result<Self> {
         let process = spawn(name, binary, &arguments, dir, &[])?;
-        Ok(Self { name: name.to_owned(), binary: binary.to_owned(), arguments, dir: dir.to_owned(), process })
+        Ok(Self {
+            name: name.to_owned(),
+            binary: binary.to_owned(),
+            arguments,
+            dir: dir.to_owned(),
+            environment: Vec::new(),
+            process,
+        })
     }
 
     /// Kills it, with SIGKILL, and waits until it is gone.
@@ -56,7 +66,22 @@ impl Daemon {
     pub fn restart(&mut self, environment: &[(&str, &str)]) -> Result<()> {
         self.kill();
         self.process = spawn(&self.name, &self.binary, &self.arguments, &self.dir, environment)?;
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.environment = environment.iter().map(owned).collect();
         Ok(())
+    }
+
+    /// Starts it again as it was started first, if it is dead, stands still, or has more in its environment. Answers
+    /// whether that was so.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn put_right(&mut self) -> Result<bool> {
+        let is_right = self.process.is_alive() && !self.process.is_paused() && self.environment.is_empty();
+        if !is_right {
+            self.restart(&[])?;
+        }
+        Ok(!is_right)
     }
 
     /// Its resident memory, in KiB.

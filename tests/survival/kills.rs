@@ -77,16 +77,16 @@ impl Doomed {
         Ok(Self { dies, other, both })
     }
 
-    /// Waits for the death, and starts the successors.
-    fn succeed(mut self) -> Result<(Daemon, Daemon)> {
-        wait_until(BOUND, &format!("{} to die", self.dies.name), || {
+    /// Waits for the death, and starts the successors; also of one that did not die, for the tests that come after.
+    fn succeed(mut self) -> Result<(Daemon, Daemon, Result<()>)> {
+        let died = wait_until(BOUND, &format!("{} to die", self.dies.name), || {
             Ok((!self.dies.process.is_alive()).then_some(()))
-        })?;
+        });
         if self.both {
             self.other.restart(&[])?;
         }
         self.dies.restart(&[])?;
-        Ok((self.dies, self.other))
+        Ok((self.dies, self.other, died))
     }
 }
 
@@ -170,13 +170,13 @@ pub(super) fn while_killed(
     let doomed = Doomed::at(rig, (step, passes), hypervisor, both)?;
     let reviver = std::thread::spawn(move || doomed.succeed());
     let worked = work(rig);
-    let (dies, other) = reviver.join().map_err(|_| anyhow::anyhow!("the reviver died"))??;
+    let (dies, other, died) = reviver.join().map_err(|_| anyhow::anyhow!("the reviver died"))??;
     match step.component() {
         Component::Operator => (rig.bed.operator, rig.bed.agents[hypervisor]) = (dies, other),
         Component::Agent => (rig.bed.agents[hypervisor], rig.bed.operator) = (dies, other),
     }
     rig.bed.store()?;
-    worked
+    died.and(worked)
 }
 
 fn survive(

@@ -270,6 +270,8 @@ fn disks_that_are_changed_while_the_vm_runs() -> Result<()> {
             Ok(vm.active(disk).is_err().then_some(()))
         })?;
     }
+    // else what it showed before is taken for what it shows when they are back
+    shown(&rig)?;
     exchange(&[vm.image("vdj"), vm.mirror("vdj")], &[vm.image("vdk"), vm.mirror("vdk")])?;
     for disk in ["vdi", "vdj", "vdk"] {
         vm.plug_again(&Disk::qcow2(disk, SIZE))?;

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use virtmark::step::{Scene, Step};
+use virtmark_bed::component::SYSTEM_NAMESPACE;
 use virtmark_bed::{Disk, wait_until};
 
 use super::chain::{Chain, Point};
@@ -50,6 +51,15 @@ fn holds(rig: &Rig, points: &[Point]) -> Result<()> {
         ensure!(found == expected, "{disk} has {found:?}, not {expected:?}");
     }
     Ok(())
+}
+
+/// The nodes that say that they have the VM.
+fn seen_by(rig: &Rig) -> Result<Vec<String>> {
+    let said = rig.bed.kubectl().run(&["get", "domainsightings", "-n", SYSTEM_NAMESPACE, "-o", "json"])?;
+    let said: Value = serde_json::from_str(&said)?;
+    let ours = said["items"].as_array().into_iter().flatten().map(|sighting| &sighting["spec"]);
+    let ours = ours.filter(|spec| spec["uuid"] == rig.vm.uuid.as_str());
+    Ok(ours.map(|spec| spec["nodeName"].as_str().unwrap_or_default().to_owned()).collect())
 }
 
 #[test]
@@ -111,8 +121,9 @@ fn a_chain_survives_the_death_of_its_processes_while_its_vm_is_handed_over() -> 
             rig.vm.migrate(&hypervisor, &[])?;
             wait_until(BOUND, "the VM to be handed over", || {
                 let status = rig.get("lvd", &rig.vm.name)?["status"].clone();
-                Ok((status["nodeName"] == hypervisor.name.as_str() && status["state"] == "Running")
-                    .then_some(()))
+                // also on the side that it left: whoever says first that the VM came would not say it a second time
+                let is_here = status["nodeName"] == hypervisor.name.as_str() && status["state"] == "Running";
+                Ok((is_here && seen_by(rig)? == [hypervisor.name.as_str()]).then_some(()))
             })
         })
         .with_context(|| format!("{step}, both: {both}"))?;

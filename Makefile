@@ -11,7 +11,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test test-survival test-others soak bench bench-incremental fuzz up down build lint prerequisites
+.PHONY: demo test test-survival test-others soak bench bench-incremental fuzz up down build lint style prerequisites
 
 demo: build
 	$(bed) --hypervisors 2 demo
@@ -22,15 +22,16 @@ up: build
 down:
 	[ ! -x $(bed) ] || $(bed) down
 
-# lint first: it is fast, and what it says is cheap to mend. Then two beds side by side: the tests of survival kill what all
+# style first: it is fast, and what it says is cheap to mend. Then two beds side by side: the tests of survival kill what all
 # others share, one after the other, and mostly wait
 cargo_test := cargo test --locked --workspace --features virtmark/killpoints
 tests := $(patsubst %/main,%,$(basename $(wildcard tests/*.rs tests/*/main.rs bed/tests/*.rs)))
 others := --lib --bins --examples $(addprefix --test ,$(filter-out survival,$(notdir $(tests))))
 
-test: lint
-	cargo build --locked --workspace --features virtmark/killpoints
+# the tests' own build has the processes too: `cargo build` and `cargo run` would build other features of the dependencies
+test: style
 	$(cargo_test) --no-run
+	$(CARGO_TARGET_DIR)/debug/generate --check
 	$(bed) build --guest
 	$(MAKE) --jobs=2 --output-sync=target test-survival test-others
 
@@ -58,12 +59,14 @@ bench-incremental:
 	$(CARGO_TARGET_DIR)/release/bed run -- \
 	  $(CARGO_TARGET_DIR)/release/examples/incremental --json $(CARGO_TARGET_DIR)/bench-incremental.json $(BENCH)
 
-lint: prerequisites
+lint: style
+	cargo run --locked --quiet --bin generate -- --check
+
+style: prerequisites
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --features virtmark/killpoints -- -D warnings
 	cargo clippy --locked --no-default-features --bin operator --bin generate -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
-	cargo run --locked --quiet --bin generate -- --check
 
 # libFuzzer on the stable toolchain: rustc's own LLVM has the instrumentation, libfuzzer-sys the rest
 N ?= 100000

@@ -218,7 +218,7 @@ where
 
 fn gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
     match result {
-        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+        Err(error) if is_absent(&error) => Ok(()),
         other => other,
     }
 }
@@ -289,6 +289,42 @@ where
     let name = format!("{}.{}", K::plural(&()), K::group(&()));
     let definition = Api::<CustomResourceDefinition>::all(client.clone()).get_metadata_opt(&name).await?;
     Ok(definition.is_none_or(|definition| definition.metadata.deletion_timestamp.is_some()))
+}
+
+/// The objects that `chosen` selects. Of a kind that is gone there are none: whoever cleans up after it does not wait for it.
+///
+/// # Errors
+/// Whatever else the API server says.
+pub async fn remaining<K>(api: &Api<K>, chosen: &ListParams) -> Result<Vec<K>, kube::Error>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    match api.list(chosen).await {
+        Ok(list) => Ok(list.items),
+        Err(error) if is_absent(&error) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The object of this name; `None` also when its kind is gone.
+///
+/// # Errors
+/// Whatever else the API server says.
+pub async fn find<K>(api: &Api<K>, name: &str) -> Result<Option<K>, kube::Error>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    match api.get(name).await {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if is_absent(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether an object is not there, or its kind is not: that answer is no Status, and `Status::is_not_found` of kube 5.0 does
+/// not know it by its code.
+fn is_absent(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
 /// A client for the API server that `kubeconfig` names, or the environment does, or the pod runs under.

@@ -61,7 +61,7 @@ pub async fn invalidate(
     if broken.is_empty() {
         return Ok(());
     }
-    let Some(checkpoint) = api.get_opt(name).await? else { return Ok(()) };
+    let Some(checkpoint) = cluster::find(api, name).await? else { return Ok(()) };
     let old = checkpoint.status.clone().unwrap_or_default();
     if checkpoint.metadata.deletion_timestamp.is_some() {
         return Ok(());
@@ -147,9 +147,8 @@ pub async fn reconcile(
     let api = Api::<VmCheckpoint>::namespaced(context.client.clone(), &namespace);
     let old = checkpoint.status.clone().unwrap_or_default();
     let now = clock::now();
-    let domain = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace)
-        .get_opt(&checkpoint.spec.vm)
-        .await?;
+    let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
+    let domain = cluster::find(&domains, &checkpoint.spec.vm).await?;
     let is_its_vm = |domain: &LibvirtDomain| domain.spec.uuid == checkpoint.spec.vm_uuid;
     if checkpoint.metadata.deletion_timestamp.is_none() && import::is_pending(&checkpoint) {
         return import(&checkpoint, &api, domain.as_ref(), &context).await;
@@ -373,7 +372,7 @@ fn may_be_bound(backup: &VmBackup, checkpoint: &VmCheckpoint) -> bool {
 async fn unfinished(checkpoint: &VmCheckpoint, context: &Context) -> Result<Option<String>, OperatorError> {
     let namespace = checkpoint.namespace().unwrap_or_default();
     let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
-    let backups = backups.list(&of_vm(&checkpoint.spec.vm)).await?;
+    let backups = cluster::remaining(&backups, &of_vm(&checkpoint.spec.vm)).await?;
     let unfinished = backups.iter().find(|backup| {
         backup.status.as_ref().is_some_and(|status| status.node_name.is_some() && !status.phase.is_terminal())
     });

@@ -289,7 +289,7 @@ async fn settle(
     let namespace = backup.namespace().unwrap_or_default();
     if status.phase == Phase::Succeeded {
         let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
-        if let Some(domain) = domains.get_opt(&backup.spec.vm).await?
+        if let Some(domain) = cluster::find(&domains, &backup.spec.vm).await?
             && Some(&domain.spec.uuid) == status.vm_uuid.as_ref()
         {
             let mut new = domain.status.clone().unwrap_or_default();
@@ -311,7 +311,7 @@ async fn settle(
     }
     // one that was made, and then not bound, has its deterministic name
     let name = status.to_checkpoint.clone().unwrap_or_else(|| desired::checkpoint_name(backup));
-    let Some(found) = checkpoints.get_opt(&name).await? else { return Ok(()) };
+    let Some(found) = cluster::find(&checkpoints, &name).await? else { return Ok(()) };
     if status.phase == Phase::Succeeded {
         checkpoint::make_usable(&checkpoints, &found, clock::now()).await?;
         killpoint::reached(Step::CheckpointUsable);
@@ -323,7 +323,7 @@ async fn settle(
     if found.meta().deletion_timestamp.is_none() {
         cluster::delete(&checkpoints, &name, found.uid()).await?;
     }
-    if let Some(found) = checkpoints.get_opt(&name).await? {
+    if let Some(found) = cluster::find(&checkpoints, &name).await? {
         cluster::release(&checkpoints, &found).await?;
     }
     Ok(())
@@ -384,9 +384,8 @@ async fn part(backup: &VmBackup, old: &VmBackupStatus, context: &Context) -> Res
     }
     let transfers = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
     let uid = backup.uid().unwrap_or_default();
-    for transfer in
-        transfers.list(&ListParams::default().labels(&format!("{}={uid}", api::LABEL_BACKUP))).await?
-    {
+    let of_backup = ListParams::default().labels(&format!("{}={uid}", api::LABEL_BACKUP));
+    for transfer in cluster::remaining(&transfers, &of_backup).await? {
         if transfer.meta().deletion_timestamp.is_none() {
             cluster::delete(&transfers, &transfer.name_any(), transfer.uid()).await?;
         }

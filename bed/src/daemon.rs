@@ -33,6 +33,12 @@ impl Daemon {
         Ok(Self { name: name.to_owned(), binary: binary.to_owned(), arguments, dir: dir.to_owned(), process })
     }
 
+    /// The value that it was given for a flag: `--listen`, say.
+    pub fn argument(&self, flag: &str) -> Option<&str> {
+        let at = self.arguments.iter().position(|argument| argument == flag)?;
+        self.arguments.get(at + 1).map(String::as_str)
+    }
+
     /// Kills it, with SIGKILL, and waits until it is gone.
     pub fn kill(&self) {
         self.process.signal(Signal::KILL);

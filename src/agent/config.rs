@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::probe::Listen;
 use crate::telemetry::LogFormat;
 
 /// The Virtmark agent: backs up the virtual machines of one node.
@@ -57,6 +58,9 @@ pub struct Config {
     /// Seconds between two looks at the bitmaps of a VM of which nothing else is heard.
     #[arg(long, env = "VIRTMARK_LOOK_SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=86400))]
     pub look_seconds: u32,
+    /// Address for /healthz, /readyz and /metrics, over plain HTTP; `none` for none.
+    #[arg(long, default_value = "[::]:8080")]
+    pub health_listen: Listen,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

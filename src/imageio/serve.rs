@@ -31,6 +31,7 @@ use tracing::{debug, warn};
 
 use super::connection::{Connection, Socket};
 use super::journal::Journal;
+use super::meter::{Encryption, Meter};
 use super::service::Service;
 use super::tickets::Tickets;
 
@@ -64,6 +65,8 @@ pub struct Config {
     pub idle: Duration,
     /// Connections at a time; more wait to be accepted.
     pub max_connections: usize,
+    /// Counts what is done.
+    pub meter: Arc<Meter>,
 }
 
 impl Default for Config {
@@ -76,6 +79,7 @@ impl Default for Config {
             idle_before_ticket: Duration::from_secs(60),
             idle: Duration::from_secs(1800),
             max_connections: 512,
+            meter: Arc::default(),
         }
     }
 }
@@ -194,7 +198,7 @@ impl ImageServer {
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let shared = Shared::new(config, tickets, CancellationToken::new());
-        shared.drive(stream, "peer".to_owned()).await;
+        shared.drive(stream, "peer".to_owned(), Encryption::None).await;
     }
 }
 
@@ -249,7 +253,7 @@ impl Shared {
                     debug!(%client, %error, "cannot set TCP_NODELAY");
                 }
                 match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => shared.drive(stream, client.to_string()).await,
+                    Ok(Ok(stream)) => shared.drive(stream, client.to_string(), Encryption::Tls).await,
                     Ok(Err(error)) => debug!(%client, %error, "TLS handshake failed"),
                     Err(_) => debug!(%client, "TLS handshake took too long"),
                 }
@@ -262,7 +266,7 @@ impl Shared {
         while let Some((stream, _, permit)) = self.next(|| listener.accept()).await {
             let shared = Arc::clone(&self);
             self.tracker.spawn(async move {
-                shared.drive(stream, "unix".to_owned()).await;
+                shared.drive(stream, "unix".to_owned(), Encryption::None).await;
                 drop(permit);
             });
         }
@@ -290,12 +294,12 @@ impl Shared {
     }
 
     /// Serves one connection to its end.
-    async fn drive<T>(&self, stream: T, client: String)
+    async fn drive<T>(&self, stream: T, client: String, encryption: Encryption)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
-        let connection = Connection::new(Journal::new(number, client));
+        let connection = Connection::new(Journal::new(number, client), self.config.meter.opened(encryption));
         let service = Arc::new(Service {
             tickets: self.tickets.clone(),
             unix_socket: self.unix_socket.clone(),

@@ -36,7 +36,11 @@ pub struct Config {
     /// Host and port that clients are told, `host:port`; default: the node's name and the first port.
     #[arg(long)]
     pub advertise: Option<String>,
-    /// PEM file with the image server's certificate chain; default: self-signed by this agent.
+    /// PEM file with the image server's certificate chain; default: self-signed by this agent. It, the key and the CA are read
+    /// again when they change, and no connection is cut.
+    ///
+    /// Tickets that are out keep the CA that they were made with: have --tls-ca name the old and the new one while a CA is
+    /// exchanged.
     #[arg(long, requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
     /// PEM file with its private key.

@@ -9,6 +9,7 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 
 use super::backup::act::{Host, HostError};
+use super::certificate::Certificate;
 use super::cordon::Cordon;
 use super::health::Health;
 use super::registry::{Live, Registry};
@@ -120,8 +121,8 @@ pub struct Context {
     pub advertised: String,
     /// Path of the image server's unix socket.
     pub unix_socket: String,
-    /// The CA that clients are told, in PEM.
-    pub ca: String,
+    /// What the image server proves itself with.
+    pub(super) certificate: Certificate,
 }
 
 impl Context {

@@ -117,12 +117,12 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         ),
         advertised: config.advertised(),
         unix_socket: config.unix_socket().to_string_lossy().into_owned(),
-        ca: certificate.ca.clone(),
+        certificate,
     });
     adopt(&context)?;
     let listen = imageio::Config {
         addresses: config.listen.clone(),
-        tls: Some(certificate.server),
+        tls: Some(context.certificate.server.clone()),
         unix_socket: Some(config.unix_socket()),
         meter: Arc::clone(&health.meter),
         ..imageio::Config::default()
@@ -262,6 +262,7 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         () = cordon::follow(&context) => {}
         () = scratch::watch(&context) => {}
         () = health::watch(&context) => {}
+        () = context.certificate.follow() => {}
         () = survey::watch(&context, look_every, looked_at) => {}
     }
     keep(&context, false).await;

@@ -20,7 +20,6 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::Semaphore;
@@ -34,6 +33,7 @@ use super::journal::Journal;
 use super::meter::{Encryption, Meter};
 use super::service::Service;
 use super::tickets::Tickets;
+use super::tls::Tls;
 
 /// Time for a TLS handshake.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,7 +54,7 @@ pub struct Config {
     /// TCP addresses, all with TLS; port 0 for any.
     pub addresses: Vec<SocketAddr>,
     /// TLS of the TCP addresses, see [`super::tls`].
-    pub tls: Option<Arc<ServerConfig>>,
+    pub tls: Option<Tls>,
     /// Path of a unix socket, without TLS.
     pub unix_socket: Option<PathBuf>,
     /// Its mode.
@@ -175,7 +175,7 @@ impl ImageServer {
         let listeners = TaskTracker::new();
         for listener in tcp {
             if let Some(tls) = shared.config.tls.clone() {
-                listeners.spawn(Arc::clone(&shared).accept_tcp(listener, TlsAcceptor::from(tls)));
+                listeners.spawn(Arc::clone(&shared).accept_tcp(listener, tls));
             }
         }
         if let Some(listener) = unix {
@@ -245,9 +245,9 @@ impl Shared {
         }
     }
 
-    async fn accept_tcp(self: Arc<Self>, listener: TcpListener, tls: TlsAcceptor) {
+    async fn accept_tcp(self: Arc<Self>, listener: TcpListener, tls: Tls) {
         while let Some((stream, client, permit)) = self.next(|| listener.accept()).await {
-            let (shared, tls) = (Arc::clone(&self), tls.clone());
+            let (shared, tls) = (Arc::clone(&self), TlsAcceptor::from(tls.current()));
             self.tracker.spawn(async move {
                 if let Err(error) = stream.set_nodelay(true) {
                     debug!(%client, %error, "cannot set TCP_NODELAY");

@@ -7,7 +7,7 @@ set -euo pipefail
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/virtmark"
 client="ovirt-imageio==2.5.1"
 packages=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients libvirt-dev
-  qemu-system-x86 qemu-utils libnbd-bin pkg-config debootstrap e2fsprogs util-linux python3-venv python3-dev gcc libc6-dev curl "$@")
+  qemu-system-x86 qemu-utils libnbd-bin pkg-config debootstrap e2fsprogs util-linux python3-venv python3-dev gcc libc6-dev curl prometheus "$@")
 
 missing=()
 need() { missing+=("$1"); }

@@ -55,7 +55,7 @@ async fn main() -> anyhow::Result<()> {
     std::fs::write(&ca, &made.ca_pem)?;
     let config = Config {
         addresses: vec![arguments.listen],
-        tls: Some(tls::server_config(made.cert_pem.as_bytes(), made.key_pem.as_bytes())?),
+        tls: Some(tls::server_config(made.cert_pem.as_bytes(), made.key_pem.as_bytes())?.into()),
         unix_socket: Some(unix_socket.clone()),
         ..Config::default()
     };

@@ -3,15 +3,21 @@
 //! Status is written whole, at the resourceVersion it was computed from; a conflict means compute again.
 
 use std::fmt::Debug;
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use futures::future::{BoxFuture, FutureExt as _, Ready, ready};
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::client::ClientBuilder;
 use kube::core::object::HasStatus;
+use kube::runtime::controller::{Action as Requeue, Error as ControllerError};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::runtime::reflector::ObjectRef;
 use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
@@ -20,6 +26,9 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::api::{DomainSighting, FINALIZER, OPERATOR};
+use crate::metrics::Metrics;
+use crate::metrics::requests::Counting;
+use crate::probe::Sign;
 use crate::reason::{Because, Reason};
 
 /// How often the operator looks whether the store was put back.
@@ -87,6 +96,46 @@ where
     Controller::for_stream(changes, reader)
 }
 
+/// A reconciler whose looks at objects are timed in `metrics`.
+pub fn timed<K, C, F>(
+    metrics: &Arc<Metrics>,
+    reconcile: impl Fn(Arc<K>, Arc<C>) -> F,
+) -> impl FnMut(Arc<K>, Arc<C>) -> BoxFuture<'static, F::Output>
+where
+    K: Resource<DynamicType = ()>,
+    F: Future + Send + 'static,
+{
+    let metrics = Arc::clone(metrics);
+    move |object, context| {
+        let (metrics, look) = (Arc::clone(&metrics), reconcile(object, context));
+        async move { metrics.timed(&K::kind(&()), look).await }.boxed()
+    }
+}
+
+/// Notes in `metrics` what a controller says beside the errors of its reconciler, which that one is told of itself.
+pub fn noted<K, E>(metrics: &Arc<Metrics>) -> impl FnMut(Looked<K, E>) -> Ready<()>
+where
+    K: Resource<DynamicType = ()>,
+    E: std::error::Error + 'static,
+{
+    metrics.watches(&K::kind(&()));
+    let metrics = Arc::clone(metrics);
+    move |result| {
+        match result {
+            Ok(_) | Err(ControllerError::ObjectNotFound(_) | ControllerError::ReconcilerFailed(..)) => {}
+            Err(error) => {
+                let kind = K::kind(&());
+                metrics.failed(&kind, "watch");
+                tracing::warn!(%kind, %error, "watching");
+            }
+        }
+        ready(())
+    }
+}
+
+/// What a controller says of one look at an object.
+type Looked<K, E> = Result<(ObjectRef<K>, Requeue), ControllerError<E, watcher::Error>>;
+
 /// How long a watch waits before it asks again: longer each time, never long, and never all at once.
 #[derive(Default)]
 struct Patience {
@@ -127,12 +176,16 @@ where
 
 /// Writes Events in the name of one component.
 #[derive(Clone)]
-pub struct Events(Recorder);
+pub struct Events {
+    recorder: Recorder,
+    metrics: Arc<Metrics>,
+}
 
 impl Events {
-    /// Events of `component`, running as `instance`.
-    pub fn new(client: Client, component: &str, instance: Option<String>) -> Self {
-        Self(Recorder::new(client, Reporter { controller: component.to_owned(), instance }))
+    /// Events of `component`, running as `instance`; they are counted in `metrics`.
+    pub fn new(client: Client, component: &str, instance: Option<String>, metrics: Arc<Metrics>) -> Self {
+        let reporter = Reporter { controller: component.to_owned(), instance };
+        Self { recorder: Recorder::new(client, reporter), metrics }
     }
 
     /// Tells of a transition of `object`. An Event that cannot be written is logged, and no more: the
@@ -156,7 +209,8 @@ impl Events {
             action: action.to_owned(),
             secondary: None,
         };
-        if let Err(error) = self.0.publish(&event, &object.object_ref(&())).await {
+        self.metrics.told(&K::kind(&()), reason.as_str(), warning);
+        if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
             tracing::warn!(%error, %reason, "an Event was not written");
         }
     }
@@ -260,14 +314,16 @@ impl Asked {
     }
 }
 
-/// Comes back once the API server's store was put back to an earlier state.
-pub async fn rewound(client: &Client, namespace: &str) {
+/// Comes back once the API server's store was put back to an earlier state. Each answer is a sign of the API server.
+pub async fn rewound(client: &Client, namespace: &str, sign: &Sign) {
     let any = Api::<DomainSighting>::namespaced(client.clone(), namespace);
     loop {
         tokio::time::sleep(LOOK).await;
         let asked = Asked::now();
+        let list = any.list_metadata(&ListParams::default().limit(1)).await;
+        sign.note(&list);
         // the list's own version is the store's
-        if let Ok(list) = any.list_metadata(&ListParams::default().limit(1)).await
+        if let Ok(list) = list
             && asked.went_back(list.metadata.resource_version.as_deref())
         {
             // whoever reads from now on is not behind
@@ -331,15 +387,27 @@ fn is_absent(error: &kube::Error) -> bool {
 ///
 /// # Errors
 /// When there is none.
-pub async fn connect(kubeconfig: Option<&std::path::Path>) -> anyhow::Result<Client> {
-    let config = match kubeconfig {
+pub async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
+    Ok(Client::try_from(config(kubeconfig).await?)?)
+}
+
+/// The same, with every request counted in `metrics`.
+///
+/// # Errors
+/// When there is none.
+pub async fn connect_counted(kubeconfig: Option<&Path>, metrics: &Arc<Metrics>) -> anyhow::Result<Client> {
+    let stack = ClientBuilder::try_from(config(kubeconfig).await?)?;
+    Ok(stack.with_layer(&Counting(Arc::clone(metrics))).build())
+}
+
+async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Config> {
+    Ok(match kubeconfig {
         Some(path) => {
             let file = kube::config::Kubeconfig::read_from(path)?;
             kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
         }
         None => kube::Config::infer().await?,
-    };
-    Ok(Client::try_from(config)?)
+    })
 }
 
 /// The cluster's id: the first 8 hex digits of the uid of its namespace kube-system.

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!  floor 4  assemblies   controller             agent
-//!  floor 3  ports        cluster clock killpoint telemetry    nbd::client  imageio::serve  libvirt
+//!  floor 3  ports        cluster clock killpoint metrics probe telemetry    nbd::client  imageio::serve  libvirt
 //!  floor 2  decisions    controller::{chain,health,import,*::{resolve,desired,status}}
 //!                        agent::backup::{life,decide,scratch,status}  imageio::{ticket,coverage,route}
 //!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml
-//!  floor 0  vocabulary   extent   reason   step   outage
+//!  floor 0  vocabulary   extent   reason   step   outage   metrics::metric
 //! ```
 //!
 //! A floor uses those below it, never one above: `tests/floors.rs` says who may import whom.
@@ -23,8 +23,10 @@ pub mod imageio;
 pub mod killpoint;
 #[cfg(feature = "agent")]
 pub mod libvirt;
+pub mod metrics;
 pub mod nbd;
 pub mod outage;
+pub mod probe;
 pub mod reason;
 pub mod step;
 pub mod tables;

@@ -1,10 +1,11 @@
-//! The tables of `docs/` that say what the code says: reasons, restarts and outages, and in what the image server
+//! The tables of `docs/` that say what the code says: reasons, restarts, outages and metrics, and in what the image server
 //! differs from ovirt-imageio. Pure: `generate` puts them in.
 
 use std::fmt::Write as _;
 
 use serde::Deserialize;
 
+use crate::metrics::Metric;
 use crate::outage::{self, End, Moment, Outage};
 use crate::reason::{Reason, Retry};
 use crate::step::{Scene, Step};
@@ -15,7 +16,7 @@ const MARKS: (&str, &str) =
 
 /// Every table, by its page.
 pub fn all() -> Vec<(&'static str, String)> {
-    vec![("reasons", reasons()), ("restarts", restarts()), ("outages", outages())]
+    vec![("reasons", reasons()), ("restarts", restarts()), ("outages", outages()), ("metrics", metrics())]
 }
 
 fn reasons() -> String {
@@ -30,6 +31,23 @@ fn reasons() -> String {
             reason.kinds(),
             reason.meaning(),
             reason.next_step()
+        );
+    }
+    table
+}
+
+fn metrics() -> String {
+    let mut table = "| Metric | Kind | Labels | Told by | What it says |\n|---|---|---|---|---|\n".to_owned();
+    for metric in Metric::ALL {
+        let labels: Vec<_> = metric.labels().iter().map(|label| format!("`{label}`")).collect();
+        // writing to a String does not fail
+        let _ = writeln!(
+            table,
+            "| `{metric}` | {} | {} | {} | {} |",
+            metric.kind(),
+            labels.join(", "),
+            metric.by(),
+            metric.help()
         );
     }
     table

@@ -6,12 +6,13 @@
 mod image_server_rig;
 mod nbd_qemu_rig;
 
+use std::path::Path;
 use std::time::Duration;
 
 use image_server_rig::{Server, stock_download};
 use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, raw, run};
 use tokio::io::AsyncReadExt;
-use virtmark::imageio::{Config, End, missing};
+use virtmark::imageio::{Config, End, missing, tls};
 
 const SIZE: u64 = (64 << 20) + 512;
 
@@ -184,6 +185,44 @@ async fn curl_reads_over_tls() {
     assert!(std::fs::read(&out).unwrap() == expected);
     until("the operation to end", || server.tickets.stats("t1").unwrap().active == 0).await;
     assert_eq!(coverage.transferred(), SIZE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_certificate_is_for_new_connections_and_cuts_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let (image, nbd) = qcow2_with_bitmap(directory.path());
+    let expected = raw(&image);
+    let server = Server::start(directory.path()).await;
+    let (id, _) = server.ticket("t1", &nbd.export(None), SIZE);
+    let url = format!("https://localhost:{}/images/{id}", server.port);
+    let curl = |ca: &Path, out: &Path, rate: u64| {
+        let mut curl = tokio::process::Command::new("curl");
+        curl.args([
+            "-s",
+            "--fail",
+            "--max-time",
+            "60",
+            "--limit-rate",
+            &rate.to_string(),
+            "--cacert",
+            path(ca),
+        ]);
+        curl.args(["-o", path(out), &url]).kill_on_drop(true).spawn().unwrap()
+    };
+    let (slow, fast) = (directory.path().join("slow"), directory.path().join("fast"));
+    let mut reader = curl(&server.ca, &slow, SIZE / 3);
+    until("the reader to be served", || server.tickets.stats("t1").unwrap().active == 1).await;
+
+    let made = tls::self_signed(&["localhost".to_owned()], &[]).unwrap();
+    let ca = directory.path().join("new-ca.pem");
+    std::fs::write(&ca, &made.ca_pem).unwrap();
+    server.tls.replace(tls::server_config(made.cert_pem.as_bytes(), made.key_pem.as_bytes()).unwrap());
+    assert!(curl(&ca, &fast, SIZE * 100).wait().await.unwrap().success(), "who trusts the new CA");
+    let refused = curl(&server.ca, &fast, SIZE * 100).wait().await.unwrap();
+    assert_eq!(refused.code(), Some(60), "the old one's CA does not vouch for the new one");
+    assert!(reader.try_wait().unwrap().is_none(), "the first reader was done before: nothing was shown");
+    assert!(reader.wait().await.unwrap().success(), "the first reader was cut");
+    assert!(std::fs::read(&slow).unwrap() == expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]

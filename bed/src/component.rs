@@ -35,7 +35,11 @@ pub fn binary_dir() -> Result<PathBuf> {
 /// When its token cannot be made, or it does not start.
 pub fn operator(dir: &Path, plane: &ControlPlane, name: &str) -> Result<Daemon> {
     let kubeconfig = account(dir, plane, "virtmark-operator", name, None)?;
+    let [health] = free_ports()?;
+    let health = format!("127.0.0.1:{health}");
     let arguments = [
+        "--health-listen",
+        &health,
         "--kubeconfig",
         &kubeconfig.to_string_lossy(),
         "--system-namespace",
@@ -59,7 +63,7 @@ pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor) -> Resul
     let node = hypervisor.name.as_str();
     let name = format!("agent-{node}");
     let kubeconfig = account(dir, plane, "virtmark-agent", &name, Some(node))?;
-    let [port] = free_ports()?;
+    let [port, health] = free_ports()?;
     let path = |sub: &str| hypervisor.dir.join("agent").join(sub).to_string_lossy().into_owned();
     let arguments = [
         ("--kubeconfig", kubeconfig.to_string_lossy().into_owned()),
@@ -71,6 +75,7 @@ pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor) -> Resul
         ("--listen", format!("127.0.0.1:{port}")),
         ("--listen", format!("127.0.0.2:{port}")),
         ("--advertise", format!("127.0.0.2:{port}")),
+        ("--health-listen", format!("127.0.0.1:{health}")),
         ("--heartbeat-seconds", "2".to_owned()),
         ("--look-seconds", "10".to_owned()),
     ];

@@ -43,6 +43,12 @@ impl Daemon {
         })
     }
 
+    /// The value that it was given for a flag: `--listen`, say.
+    pub fn argument(&self, flag: &str) -> Option<&str> {
+        let at = self.arguments.iter().position(|argument| argument == flag)?;
+        self.arguments.get(at + 1).map(String::as_str)
+    }
+
     /// Kills it, with SIGKILL, and waits until it is gone.
     pub fn kill(&self) {
         self.process.signal(Signal::KILL);

@@ -156,7 +156,7 @@ impl Hypervisor {
     /// # Errors
     /// When none runs, or it does not end.
     pub fn end_libvirtd(&self, politely: bool) -> Result<Process> {
-        let old = self.libvirtd().context("no libvirtd runs")?;
+        let old = self.libvirtd()?;
         old.signal(if politely { Signal::TERM } else { Signal::KILL });
         wait_until(Duration::from_secs(40), "libvirtd to end", || Ok((!old.is_alive()).then_some(())))?;
         Ok(old)
@@ -168,19 +168,24 @@ impl Hypervisor {
     /// When none comes up.
     pub fn libvirtd_after(&self, old: &Process) -> Result<()> {
         wait_until(Duration::from_secs(40), "another libvirtd", || {
-            let other = self.libvirtd().is_some_and(|new| new != *old);
+            let other = self.libvirtd().is_ok_and(|new| new != *old);
             Ok(other.then(|| self.virsh(&["version"]).ok()).flatten().map(drop))
         })
     }
 
-    fn libvirtd(&self) -> Option<Process> {
-        let init = self.init.as_ref()?.pid;
-        let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children")).ok()?;
+    /// Its libvirtd.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn libvirtd(&self) -> Result<Process> {
+        let init = self.init.as_ref().context("it is off")?.pid;
+        let children = fs::read_to_string(format!("/proc/{init}/task/{init}/children"))?;
         let mut pids = children.split_whitespace();
-        let pid = pids.find(|pid| {
+        let is_libvirtd = |pid: &&str| {
             fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "libvirtd")
-        })?;
-        Process::find(pid.parse().ok()?, "libvirtd", false)
+        };
+        let pid = pids.find(is_libvirtd).context("no libvirtd runs")?;
+        Process::find(pid.parse()?, "libvirtd", false).context("libvirtd is gone")
     }
 
     /// What libvirt keeps of a domain that runs, in its own words: the job that it is in, among others.

@@ -77,7 +77,8 @@ impl Process {
     pub fn end(&self) {
         if !self.is_namespace {
             self.signal(Signal::TERM);
-            if self.wait(Duration::from_secs(5)) {
+            // an agent gives its readers five seconds
+            if self.wait(Duration::from_secs(10)) {
                 return;
             }
         }

@@ -41,8 +41,8 @@ pub fn operator(namespace: &str) -> Vec<Value> {
     ];
     let here = vec![
         rule(GROUP, &["domainsightings"], &["get", "list", "watch"]),
-        // the lease by which one operator leads; the heartbeats of agents
-        rule(COORDINATION, &["leases"], &["get", "create", "update", "patch"]),
+        // the lease by which one operator leads; the heartbeats of agents, which are told to Prometheus
+        rule(COORDINATION, &["leases"], &["get", "list", "create", "update", "patch"]),
     ];
     account(namespace, OPERATOR_ACCOUNT, everywhere, here)
 }

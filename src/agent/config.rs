@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::probe::Listen;
 use crate::telemetry::LogFormat;
 
 /// The Virtmark agent: backs up the virtual machines of one node.
@@ -35,7 +36,11 @@ pub struct Config {
     /// Host and port that clients are told, `host:port`; default: the node's name and the first port.
     #[arg(long)]
     pub advertise: Option<String>,
-    /// PEM file with the image server's certificate chain; default: self-signed by this agent.
+    /// PEM file with the image server's certificate chain; default: self-signed by this agent. It, the key and the CA are read
+    /// again when they change, and no connection is cut.
+    ///
+    /// Tickets that are out keep the CA that they were made with: have --tls-ca name the old and the new one while a CA is
+    /// exchanged.
     #[arg(long, requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
     /// PEM file with its private key.
@@ -57,6 +62,9 @@ pub struct Config {
     /// Seconds between two looks at the bitmaps of a VM of which nothing else is heard.
     #[arg(long, env = "VIRTMARK_LOOK_SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=86400))]
     pub look_seconds: u32,
+    /// Address for /healthz, /readyz and /metrics, over plain HTTP; `none` for none.
+    #[arg(long, default_value = "[::]:8080")]
+    pub health_listen: Listen,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

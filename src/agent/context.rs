@@ -9,7 +9,9 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 
 use super::backup::act::{Host, HostError};
+use super::certificate::Certificate;
 use super::cordon::Cordon;
+use super::health::Health;
 use super::registry::{Live, Registry};
 use super::state::{Record, StateError};
 use super::survey::{AFTER_BACKUP, Survey};
@@ -64,6 +66,22 @@ impl From<kube::Error> for AgentError {
 }
 
 impl AgentError {
+    /// What went wrong, in a word, for metrics.
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::Api(_) if self.is_conflict() => "conflict",
+            Self::Api(_) if self.is_not_found() => "not_found",
+            Self::Api(_) => "api",
+            Self::State(_) => "state_directory",
+            Self::Host(_) => "host",
+            Self::Libvirt(_) => "libvirt",
+            Self::Export { .. } => "nbd",
+            Self::NoCheckpoint(_) => "no_checkpoint",
+            Self::Random(_) => "random",
+            Self::Lost => "lost",
+        }
+    }
+
     /// The object changed while its status was computed: compute again at once.
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Api(error) if matches!(&**error, kube::Error::Api(status) if status.is_conflict()))
@@ -93,6 +111,8 @@ pub struct Context {
     pub(super) registry: Registry,
     /// What is known of the domains' bitmaps.
     pub(super) survey: Survey,
+    /// Whether it can do its work, and what it counted.
+    pub health: Arc<Health>,
     /// The image server's tickets.
     pub tickets: Tickets,
     /// Events in this agent's name.
@@ -101,8 +121,8 @@ pub struct Context {
     pub advertised: String,
     /// Path of the image server's unix socket.
     pub unix_socket: String,
-    /// The CA that clients are told, in PEM.
-    pub ca: String,
+    /// What the image server proves itself with.
+    pub(super) certificate: Certificate,
 }
 
 impl Context {
@@ -214,6 +234,7 @@ impl Context {
     /// how it ended; the sweep forgets it there.
     pub fn release(&self, uid: &str) {
         self.registry.unclaim(uid);
+        self.health.forget_freeze(uid);
         if let Some(live) = self.registry.find(uid) {
             live.released.store(true, Ordering::Relaxed);
             self.survey.ask(&live.vm_uuid, AFTER_BACKUP);

@@ -13,19 +13,23 @@ use kube::{Api, Client};
 use crate::api;
 use crate::clock;
 use crate::cluster;
+use crate::probe::Sign;
 
 /// A lease holds for this many beats, so that one that is late is not missed.
-const BEATS: i32 = 4;
+pub const BEATS: u16 = 4;
 
-/// Renews the Lease of `node` every `seconds`, until the API server's store was put back to an earlier state.
-pub async fn beat(client: Client, namespace: &str, node: &str, seconds: u16) {
+/// Renews the Lease of `node` every `seconds`, until the API server's store was put back to an earlier state. Each answer is a
+/// sign of the API server.
+pub async fn beat(client: Client, namespace: &str, node: &str, seconds: u16, sign: &Sign) {
     let leases = Api::<Lease>::namespaced(client, namespace);
     let params = PatchParams::apply(api::AGENT).force();
     loop {
         let lease = lease(node, seconds, clock::now());
         let name = api::agent_lease(node);
         let asked = cluster::Asked::now();
-        match leases.patch(&name, &params, &Patch::Apply(&lease)).await {
+        let renewed = leases.patch(&name, &params, &Patch::Apply(&lease)).await;
+        sign.note(&renewed);
+        match renewed {
             Ok(lease) if asked.went_back(lease.metadata.resource_version.as_deref()) => return,
             Ok(_) => {}
             Err(error) => {
@@ -40,7 +44,7 @@ fn lease(node: &str, seconds: u16, now: Timestamp) -> Lease {
     let metadata = ObjectMeta { name: Some(api::agent_lease(node)), ..ObjectMeta::default() };
     let spec = LeaseSpec {
         holder_identity: Some(node.to_owned()),
-        lease_duration_seconds: Some(i32::from(seconds) * BEATS),
+        lease_duration_seconds: Some(i32::from(seconds) * i32::from(BEATS)),
         renew_time: Some(MicroTime(now)),
         ..LeaseSpec::default()
     };

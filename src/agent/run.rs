@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use futures::{StreamExt as _, channel::mpsc};
 use k8s_openapi::jiff::SignedDuration;
-use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig};
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -20,6 +20,7 @@ use super::certificate::Certificate;
 use super::config::Config;
 use super::context::{AgentError, Context};
 use super::cordon::Cordon;
+use super::health::{self, Health};
 use super::inventory::{BELIEVED, Inventory};
 use super::registry::{Live, Registry};
 use super::state::{StateDir, StateLock};
@@ -31,6 +32,7 @@ use crate::clock;
 use crate::cluster::{self, Events};
 use crate::imageio::{self, BindError, ImageServer, Tickets};
 use crate::libvirt::{self, Libvirt, Notice};
+use crate::probe::{self, Sign};
 
 /// How soon what could not be published is tried again.
 const UNPUBLISHED: Duration = Duration::from_secs(1);
@@ -59,14 +61,28 @@ const TIDY: u64 = 720;
 /// For how long it is known what succeeded: an API server that is restored from an older copy is not believed blindly.
 const SUCCEEDED: SignedDuration = SignedDuration::from_hours(7 * 24);
 
+/// How long what is being done may take to end, once the agent is told to stop. What does not end is taken up by its
+/// successor.
+const LAST: Duration = Duration::from_secs(3);
+
 /// Runs the agent until `stop`.
 ///
 /// # Errors
 /// When it cannot start: the API server, the directories or the certificate.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let heartbeat = Duration::from_secs((config.heartbeat_seconds * heartbeat::BEATS).into());
+    let health = Health::new(heartbeat);
+    let listen = config.health_listen;
+    tokio::select! {
+        ended = work(config, stop, &health) => ended,
+        served = probe::serve(listen, Arc::clone(&health)) => match served.context("--health-listen")? {},
+    }
+}
+
+async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> anyhow::Result<()> {
     let state = StateDir::open(&config.state_dir, &config.run_dir)?;
-    let Some(_alone) = alone(&state, &config.state_dir, &stop).await? else { return Ok(()) };
-    let client = cluster::connect(config.kubeconfig.as_deref()).await?;
+    let Some(_alone) = alone(&state, &config.state_dir, &stop, &health.alone).await? else { return Ok(()) };
+    let client = cluster::connect_counted(config.kubeconfig.as_deref(), &health.metrics).await?;
     let certificate = Certificate::load_or_make(&config).context("the image server's certificate")?;
     let tickets = Tickets::default();
     let (wake_backup, backups) = mpsc::unbounded();
@@ -88,17 +104,24 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         },
         registry: Registry::new(wake_backup, wake_transfer, wake_checkpoint),
         survey: Survey::default(),
+        health: Arc::clone(health),
         tickets: tickets.clone(),
-        events: Events::new(client.clone(), api::AGENT, Some(config.node_name.clone())),
+        events: Events::new(
+            client.clone(),
+            api::AGENT,
+            Some(config.node_name.clone()),
+            Arc::clone(&health.metrics),
+        ),
         advertised: config.advertised(),
         unix_socket: config.unix_socket().to_string_lossy().into_owned(),
-        ca: certificate.ca.clone(),
+        certificate,
     });
     adopt(&context)?;
     let listen = imageio::Config {
         addresses: config.listen.clone(),
-        tls: Some(certificate.server),
+        tls: Some(context.certificate.server.clone()),
         unix_socket: Some(config.unix_socket()),
+        meter: Arc::clone(&health.meter),
         ..imageio::Config::default()
     };
 
@@ -114,8 +137,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         .with_config(settings())
         .reconcile_on(backups)
         .graceful_shutdown_on(stopped())
-        .run(backup::reconcile::reconcile, on_error, Arc::clone(&context))
-        .for_each(|result| async { report("backup", result) });
+        .run(cluster::timed(&health.metrics, backup::reconcile::reconcile), on_error, Arc::clone(&context))
+        .for_each(cluster::noted(&health.metrics));
     let transfer_controller =
         cluster::controller(Api::<ImageTransfer>::all(client.clone()), mine.clone(), move |transfer| {
             tell_of(&left, transfer.status.as_ref().and_then(|status| status.backup_uid.clone()));
@@ -123,14 +146,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         .with_config(settings())
         .reconcile_on(transfers)
         .graceful_shutdown_on(stopped())
-        .run(transfer::reconcile, on_error, Arc::clone(&context))
-        .for_each(|result| async { report("transfer", result) });
+        .run(cluster::timed(&health.metrics, transfer::reconcile), on_error, Arc::clone(&context))
+        .for_each(cluster::noted(&health.metrics));
     let checkpoint_controller = cluster::controller(Api::<VmCheckpoint>::all(client.clone()), mine, |_| {})
         .with_config(settings())
         .reconcile_on(checkpoints)
         .graceful_shutdown_on(stopped())
-        .run(checkpoint::reconcile, on_error, Arc::clone(&context))
-        .for_each(|result| async { report("checkpoint", result) });
+        .run(cluster::timed(&health.metrics, checkpoint::reconcile), on_error, Arc::clone(&context))
+        .for_each(cluster::noted(&health.metrics));
 
     let (looked_at, mut looked) = mpsc::unbounded::<String>();
     let look_every = Duration::from_secs(config.look_seconds.into());
@@ -205,19 +228,33 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         }
     };
 
+    let reconcilers = async {
+        let told = async {
+            stop.cancelled().await;
+            tokio::time::sleep(LAST).await;
+        };
+        tokio::select! {
+            _ = async { tokio::join!(backup_controller, transfer_controller, checkpoint_controller) } => {}
+            () = told => {}
+        }
+        if stop.is_cancelled() { Ok(()) } else { Err(anyhow::anyhow!("a controller ended")) }
+    };
+    let images = async { Ok(serve_images(listen, &tickets, &stop, &health.images).await?) };
+
     tokio::select! {
-        served = serve_images(listen, &tickets, &stop) => served?,
+        // these two end when the agent is told to stop: readers have their answers, and all else goes on meanwhile
+        ended = async { tokio::try_join!(images, reconcilers) } => { ended?; }
         () = inventory => {}
         () = keeper => {}
-        () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds) => {
+        () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds, &health.api) => {
             keep(&context, false).await;
             anyhow::bail!(cluster::REWOUND);
         }
         () = cordon::follow(&context) => {}
         () = scratch::watch(&context) => {}
+        () = health::watch(&context) => {}
+        () = context.certificate.follow() => {}
         () = survey::watch(&context, look_every, looked_at) => {}
-        _ = async { tokio::join!(backup_controller, transfer_controller, checkpoint_controller) } => {}
-        () = stop.cancelled() => {}
     }
     keep(&context, false).await;
     Ok(())
@@ -229,12 +266,14 @@ async fn serve_images(
     listen: imageio::Config,
     tickets: &Tickets,
     stop: &CancellationToken,
+    sign: &Sign,
 ) -> Result<(), BindError> {
     let mut told = false;
     loop {
         match ImageServer::bind(listen.clone(), tickets.clone()).await {
             Ok(server) => {
                 tracing::info!(addresses = ?server.addresses(), "image server listens");
+                sign.good();
                 server.serve(stop.clone()).await;
                 return Ok(());
             }
@@ -242,7 +281,11 @@ async fn serve_images(
                 if !std::mem::replace(&mut told, true) {
                     tracing::warn!(%error, "the address is in use: the image server waits for it");
                 }
-                tokio::time::sleep(LISTEN).await;
+                sign.bad(error);
+                tokio::select! {
+                    () = stop.cancelled() => return Ok(()),
+                    () = tokio::time::sleep(LISTEN) => {}
+                }
             }
             Err(error) => return Err(error),
         }
@@ -250,14 +293,21 @@ async fn serve_images(
 }
 
 /// Waits until no other agent works with the state directory; `None` when it is told to stop meanwhile.
-async fn alone(state: &StateDir, path: &Path, stop: &CancellationToken) -> anyhow::Result<Option<StateLock>> {
+async fn alone(
+    state: &StateDir,
+    path: &Path,
+    stop: &CancellationToken,
+    sign: &Sign,
+) -> anyhow::Result<Option<StateLock>> {
     let mut told = false;
     loop {
         if let Some(lock) = state.lock()? {
+            sign.good();
             return Ok(Some(lock));
         }
         if !told {
             told = true;
+            sign.bad("another agent works with this state directory");
             tracing::warn!(
                 state_dir = %path.display(),
                 "another agent works with this state directory: waiting for its end (one agent a node)"
@@ -294,6 +344,7 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
             tracing::warn!(backup = uid, %error, "its tickets cannot be read: new ones are made");
             Vec::new()
         });
+        context.health.note_freeze(&record);
         let live = context.registry.insert(&uid, Live::new(record.clone()));
         // when a client last asked died with the process that knew: its idle time starts anew
         live.requested(clock::now());
@@ -396,26 +447,12 @@ async fn keep(context: &Context, doubt: bool) {
     }
 }
 
-fn report<K>(
-    kind: &str,
-    result: Result<
-        (kube::runtime::reflector::ObjectRef<K>, Requeue),
-        ControllerError<AgentError, watcher::Error>,
-    >,
-) where
-    K: kube::Resource,
-{
-    match result {
-        Ok(_) | Err(ControllerError::ObjectNotFound(_) | ControllerError::ReconcilerFailed(..)) => {}
-        Err(error) => tracing::warn!(kind, %error, "watching"),
-    }
-}
-
 fn on_error<K: kube::Resource<DynamicType = ()>>(
     object: Arc<K>,
     error: &AgentError,
-    _: Arc<Context>,
+    context: Arc<Context>,
 ) -> Requeue {
+    context.health.metrics.failed(&K::kind(&()), error.class());
     if error.is_conflict() {
         return Requeue::requeue(Duration::from_millis(20));
     }

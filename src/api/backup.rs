@@ -159,6 +159,16 @@ pub enum BackupType {
     Incremental,
 }
 
+impl BackupType {
+    /// As objects spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "Full",
+            Self::Incremental => "Incremental",
+        }
+    }
+}
+
 /// What to do where a disk cannot start from the checkpoint.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InvalidCheckpointPolicy {

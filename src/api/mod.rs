@@ -95,6 +95,22 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// Every phase.
+    pub const ALL: &[Self] =
+        &[Self::Initializing, Self::Ready, Self::Finalizing, Self::Succeeded, Self::Failed, Self::Cancelled];
+
+    /// As objects spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Initializing => "Initializing",
+            Self::Ready => "Ready",
+            Self::Finalizing => "Finalizing",
+            Self::Succeeded => "Succeeded",
+            Self::Failed => "Failed",
+            Self::Cancelled => "Cancelled",
+        }
+    }
+
     /// Whether the object has come to its end and never moves again.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)

@@ -73,6 +73,18 @@ pub enum DomainState {
 }
 
 impl DomainState {
+    /// As objects spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "Running",
+            Self::Paused => "Paused",
+            Self::Busy => "Busy",
+            Self::Off => "Off",
+            Self::Missing => "Missing",
+            Self::NodeLost => "NodeLost",
+        }
+    }
+
     /// Whether there is a QEMU process.
     pub fn is_active(self) -> bool {
         matches!(self, Self::Running | Self::Paused | Self::Busy)

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::probe::Listen;
 use crate::telemetry::LogFormat;
 
 /// The Virtmark operator: validates backups, binds them to nodes, publishes the inventory.
@@ -28,6 +29,9 @@ pub struct Config {
     /// Seconds after which the lease of an operator that does not renew it is free for another one.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(3..=600))]
     pub lease_seconds: u32,
+    /// Address for /healthz, /readyz and /metrics, over plain HTTP; `none` for none.
+    #[arg(long, default_value = "[::]:8080")]
+    pub health_listen: Listen,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

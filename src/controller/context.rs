@@ -1,7 +1,7 @@
 //! What the operator's reconcilers share.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::channel::mpsc::UnboundedSender;
@@ -13,11 +13,14 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
+use super::heartbeats::Heartbeat;
+use super::metrics::Vm;
 use super::nodes;
 use crate::api::conditions;
-use crate::api::{self, DomainSighting, ImageTransfer, VmBackup, VmCheckpoint};
+use crate::api::{self, DomainSighting, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
 use crate::clock;
 use crate::cluster::Events;
+use crate::metrics::Metrics;
 
 /// How long a deletion waits for an agent before the finalizer is released all the same.
 pub const ABANDON: SignedDuration = SignedDuration::from_secs(120);
@@ -43,6 +46,15 @@ impl OperatorError {
                 kube::Error::Api(status) => Some(status),
                 _ => None,
             },
+        }
+    }
+
+    /// What went wrong, in a word, for metrics.
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::Api(_) if self.is_conflict() => "conflict",
+            Self::Api(_) if self.is_not_found() => "not_found",
+            Self::Api(_) => "api",
         }
     }
 
@@ -81,6 +93,12 @@ pub struct Context {
     pub(super) wake_backup: UnboundedSender<ObjectRef<VmBackup>>,
     pub(super) wake_transfer: UnboundedSender<ObjectRef<ImageTransfer>>,
     pub(super) wake_checkpoint: UnboundedSender<ObjectRef<VmCheckpoint>>,
+    /// What was counted.
+    pub metrics: Arc<Metrics>,
+    /// The VMs as they were last published.
+    pub(super) published: Mutex<Vec<Vm>>,
+    /// The last sign of life of each node's agent.
+    pub(super) heartbeats: Mutex<BTreeMap<String, Heartbeat>>,
     /// Wakes the inventory: a node came, went, or changed its health; a checkpoint came or went.
     pub(super) inventory: tokio::sync::Notify,
     pub(super) failures: Failures,
@@ -103,6 +121,11 @@ impl Context {
                 let _ = self.wake_checkpoint.unbounded_send(ObjectRef::from_obj(&*checkpoint));
             }
         }
+    }
+
+    /// Notes the VMs that are published, for metrics.
+    pub(super) fn note_published(&self, domains: &[LibvirtDomain]) {
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = domains.iter().map(Vm::of).collect();
     }
 
     /// Looks again at a checkpoint.
@@ -150,15 +173,9 @@ impl Context {
     pub async fn agent_answers(&self, node: &str) -> Result<bool, OperatorError> {
         let leases = Api::<Lease>::namespaced(self.client.clone(), &self.system_namespace);
         let lease = leases.get_opt(&api::agent_lease(node)).await?;
-        Ok(lease.is_some_and(|lease| holds(&lease, clock::now())))
+        let heartbeat = lease.as_ref().and_then(Heartbeat::of);
+        Ok(heartbeat.is_some_and(|heartbeat| heartbeat.holds(clock::now())))
     }
-}
-
-/// Whether a Lease was renewed in time. The nodes' clocks must agree better than a lease lasts.
-fn holds(lease: &Lease, now: Timestamp) -> bool {
-    let Some(spec) = &lease.spec else { return false };
-    let lasts = SignedDuration::from_secs(spec.lease_duration_seconds.unwrap_or_default().into());
-    spec.renew_time.as_ref().is_some_and(|renewed| now.duration_since(renewed.0) <= lasts)
 }
 
 /// Whether an object that is being deleted may go.
@@ -240,19 +257,6 @@ impl Failures {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_lease_holds_until_it_was_not_renewed_in_time() {
-        let lease: Lease =
-            serde_json::from_value(serde_json::json!({"metadata": {"name": "virtmark-agent-a"},
-            "spec": {"leaseDurationSeconds": 40, "renewTime": "2026-11-25T00:00:00.000000Z"}}))
-            .unwrap();
-        let at = |text: &str| text.parse::<Timestamp>().unwrap();
-        assert!(holds(&lease, at("2026-11-24T23:59:59Z")), "a clock that is behind");
-        assert!(holds(&lease, at("2026-11-25T00:00:40Z")));
-        assert!(!holds(&lease, at("2026-11-25T00:00:41Z")));
-        assert!(!holds(&Lease::default(), at("2026-11-25T00:00:00Z")), "nobody ever renewed it");
-    }
 
     #[test]
     fn a_finalizer_never_wedges() {

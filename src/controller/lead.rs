@@ -18,6 +18,8 @@ use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseManagerError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::role::Role;
+
 /// The name of the Lease.
 const LEASE: &str = "virtmark-operator";
 
@@ -63,6 +65,7 @@ pub async fn lead<W: Future<Output = ()>>(
     client: &Client,
     candidate: &Candidate,
     stop: &CancellationToken,
+    role: &Role,
     work: impl Fn() -> W,
 ) -> anyhow::Result<()> {
     loop {
@@ -72,7 +75,7 @@ pub async fn lead<W: Future<Output = ()>>(
         };
         let lost = async {
             match &manager {
-                Ok(manager) => hold(client, manager, candidate, &work).await,
+                Ok(manager) => hold(client, manager, candidate, role, &work).await,
                 Err(error) => {
                     tracing::warn!(%error, "the lease cannot be asked for");
                     tokio::time::sleep(AGAIN).await;
@@ -98,30 +101,36 @@ async fn hold<W: Future<Output = ()>>(
     client: &Client,
     manager: &LeaseManager,
     candidate: &Candidate,
+    role: &Role,
     work: impl Fn() -> W,
 ) -> anyhow::Result<()> {
     loop {
         tokio::select! {
             held = asked(manager, candidate) => if held { break },
             // the manager sleeps until the lease that it saw runs out: another one asks at once
-            () = given_up(client, candidate) => return Ok(()),
+            () = given_up(client, candidate, role) => return Ok(()),
         }
     }
+    role.leads();
     tracing::info!(identity = candidate.identity, "leads");
     tokio::select! {
         () = work() => anyhow::bail!("a controller ended"),
         _ = asked(manager, candidate) => tracing::warn!(identity = candidate.identity, "leads no more"),
     }
+    role.starts_over();
     Ok(())
 }
 
 /// Waits until the lease is nobody's.
-async fn given_up(client: &Client, candidate: &Candidate) {
+async fn given_up(client: &Client, candidate: &Candidate, role: &Role) {
     let leases = Api::<Lease>::namespaced(client.clone(), &candidate.namespace);
     loop {
         tokio::time::sleep(LOOK).await;
         // who cannot ask cannot lead either: the manager says so
-        let Ok(lease) = leases.get_opt(LEASE).await else { continue };
+        let lease = leases.get_opt(LEASE).await;
+        role.api.note(&lease);
+        let Ok(lease) = lease else { continue };
+        role.waits();
         let holder = lease.and_then(|lease| lease.spec?.holder_identity);
         if holder.is_none_or(|holder| holder.is_empty()) {
             return;

@@ -17,9 +17,12 @@ pub mod config;
 mod context;
 pub mod domain;
 pub mod health;
+mod heartbeats;
 pub mod import;
 mod lead;
+mod metrics;
 mod nodes;
+mod role;
 mod run;
 pub mod transfer;
 

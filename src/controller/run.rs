@@ -1,14 +1,14 @@
 //! Puts the operator together and runs it until it is told to stop.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _, channel::mpsc, stream};
 use k8s_openapi::jiff::SignedDuration;
 use kube::core::PartialObjectMeta;
-use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig};
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::{WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, ResourceExt as _};
@@ -18,11 +18,13 @@ use tokio_util::sync::CancellationToken;
 use super::config::Config;
 use super::context::{Context, OperatorError};
 use super::lead::{Candidate, lead};
-use super::{backup, checkpoint, domain, nodes, transfer};
+use super::role::Role;
+use super::{backup, checkpoint, domain, heartbeats, nodes, transfer};
 use crate::api::{
     self, DomainSighting, DomainSightingSpec, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint,
 };
 use crate::cluster::{self, Events};
+use crate::probe;
 
 /// How often the inventory is compared although no sighting changed.
 const SAFETY_NET: Duration = Duration::from_secs(60);
@@ -39,7 +41,17 @@ const AT_MOST: Duration = Duration::from_secs(10);
 /// # Errors
 /// When it cannot start: no API server, no rights.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
-    let client = cluster::connect(config.kubeconfig.as_deref()).await?;
+    let role = Role::new();
+    let listen = config.health_listen;
+    tokio::select! {
+        ended = stand(config, stop, &role) => ended,
+        served = probe::serve(listen, Arc::clone(&role)) => match served.context("--health-listen")? {},
+    }
+}
+
+/// Works while it leads.
+async fn stand(config: Config, stop: CancellationToken, role: &Role) -> anyhow::Result<()> {
+    let client = cluster::connect_counted(config.kubeconfig.as_deref(), &role.metrics).await?;
     let cluster = cluster::id(&client).await.context("the cluster's id, the uid of namespace kube-system")?;
     tracing::info!(cluster, "operator starts");
     let candidate = Candidate {
@@ -47,11 +59,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         namespace: config.system_namespace.clone(),
         seconds: config.lease_seconds,
     };
-    lead(&client, &candidate, &stop, || work(&client, &cluster, &config)).await
+    lead(&client, &candidate, &stop, role, || work(&client, &cluster, &config, role)).await
 }
 
 /// All controllers. Ends only when one of them does.
-async fn work(client: &Client, cluster: &str, config: &Config) {
+async fn work(client: &Client, cluster: &str, config: &Config, role: &Role) {
     let settings = || ControllerConfig::default().concurrency(16);
     let (wake_backup, woken_backups) = mpsc::unbounded();
     let (wake_transfer, woken_transfers) = mpsc::unbounded();
@@ -71,7 +83,7 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
     let (sightings, seen) = reflector::store();
     let context = Arc::new(Context {
         client: client.clone(),
-        events: Events::new(client.clone(), api::OPERATOR, None),
+        events: Events::new(client.clone(), api::OPERATOR, None, Arc::clone(&role.metrics)),
         cluster: cluster.to_owned(),
         system_namespace: config.system_namespace.clone(),
         binding: tokio::sync::Mutex::default(),
@@ -82,25 +94,29 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         wake_backup,
         wake_transfer,
         wake_checkpoint,
+        metrics: Arc::clone(&role.metrics),
+        published: Mutex::default(),
+        heartbeats: Mutex::default(),
         inventory: tokio::sync::Notify::new(),
         failures: super::context::Failures::default(),
         secrets_deleted: super::context::Names::default(),
     });
+    role.works_with(&context);
     let backups = backups
         .with_config(settings())
         .reconcile_on(woken_backups)
-        .run(backup::reconcile, on_error, Arc::clone(&context))
-        .for_each(|result| async { report("VmBackup", result) });
+        .run(cluster::timed(&role.metrics, backup::reconcile), on_error, Arc::clone(&context))
+        .for_each(cluster::noted(&role.metrics));
     let transfers = transfers
         .with_config(settings())
         .reconcile_on(woken_transfers)
-        .run(transfer::reconcile, on_error, Arc::clone(&context))
-        .for_each(|result| async { report("ImageTransfer", result) });
+        .run(cluster::timed(&role.metrics, transfer::reconcile), on_error, Arc::clone(&context))
+        .for_each(cluster::noted(&role.metrics));
     let checkpoints = checkpoints
         .with_config(settings())
         .reconcile_on(woken_checkpoints)
-        .run(checkpoint::reconcile, on_error, Arc::clone(&context))
-        .for_each(|result| async { report("VmCheckpoint", result) });
+        .run(cluster::timed(&role.metrics, checkpoint::reconcile), on_error, Arc::clone(&context))
+        .for_each(cluster::noted(&role.metrics));
     // what hangs on a backup that was deleted by force is told of nobody else
     let hanging = async {
         while let Some((namespace, backup)) = gone.next().await {
@@ -123,8 +139,24 @@ async fn work(client: &Client, cluster: &str, config: &Config) {
         () = checkpoints => {}
         () = inventory(config, seen, &context) => {}
         () = nodes::follow(&context) => {}
-        () = cluster::rewound(client, &config.system_namespace) => {}
+        () = heartbeats::follow(&context) => {}
+        () = tell_synced(&context, role) => {}
+        () = cluster::rewound(client, &config.system_namespace, &role.api) => {}
     }
+}
+
+/// Says so once all that is watched was seen, and never comes back.
+async fn tell_synced(context: &Context, role: &Role) {
+    let all = tokio::join!(
+        context.backups.wait_until_ready(),
+        context.transfers.wait_until_ready(),
+        context.checkpoints.wait_until_ready(),
+        context.sightings.wait_until_ready(),
+    );
+    if matches!(all, (Ok(()), Ok(()), Ok(()), Ok(()))) {
+        role.is_synced();
+    }
+    std::future::pending::<()>().await;
 }
 
 /// What the inventory hears.
@@ -224,22 +256,11 @@ fn heed(heard: Heard, shown: &mut HashMap<String, DomainSightingSpec>, context: 
     }
 }
 
-fn report<K>(
-    kind: &str,
-    result: Result<(reflector::ObjectRef<K>, Requeue), ControllerError<OperatorError, watcher::Error>>,
-) where
-    K: kube::Resource,
-{
-    match result {
-        Ok(_) | Err(ControllerError::ObjectNotFound(_) | ControllerError::ReconcilerFailed(..)) => {}
-        Err(error) => tracing::warn!(kind, %error, "watching"),
-    }
-}
-
 fn on_error<K>(object: Arc<K>, error: &OperatorError, context: Arc<Context>) -> Requeue
 where
     K: kube::Resource<DynamicType = ()>,
 {
+    context.metrics.failed(&K::kind(&()), error.class());
     if error.is_conflict() {
         return Requeue::requeue(Duration::from_millis(20));
     }

@@ -190,6 +190,8 @@ impl Drop for ImageBody {
         journal.reads.time += self.running.begun.elapsed();
         journal.storage += self.storage;
         journal.socket += self.socket;
+        drop(journal);
+        self.running.connection.meter().waited(self.storage, self.socket);
     }
 }
 

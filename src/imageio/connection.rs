@@ -28,6 +28,7 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::journal::Journal;
+use super::meter::{Meter, Opened};
 use super::ticket::Ticket;
 use super::tickets::{Operation, SharedCoverage, Slot, Tickets};
 
@@ -55,6 +56,7 @@ pub(super) struct Connection {
     pending: Mutex<Pending>,
     slots: Mutex<Vec<(String, Arc<Slot>)>>,
     journal: Mutex<Journal>,
+    opened: Opened,
 }
 
 /// What was yielded to hyper and is not known to be in the kernel.
@@ -68,7 +70,7 @@ struct Pending {
 }
 
 impl Connection {
-    pub(super) fn new(journal: Journal) -> Arc<Connection> {
+    pub(super) fn new(journal: Journal, opened: Opened) -> Arc<Connection> {
         Arc::new(Connection {
             cut: CancellationToken::new(),
             begun: Instant::now(),
@@ -79,6 +81,7 @@ impl Connection {
             pending: Mutex::default(),
             slots: Mutex::default(),
             journal: Mutex::new(journal),
+            opened,
         })
     }
 
@@ -138,7 +141,8 @@ impl Connection {
 
     /// Everything given to hyper so far is in the kernel.
     fn flushed(&self) {
-        let Pending { ranges, finished, waker, .. } = std::mem::take(&mut *self.pending());
+        let Pending { ranges, bytes, finished, waker } = std::mem::take(&mut *self.pending());
+        self.meter().served(self.opened.encryption, bytes);
         for (coverage, start, end) in ranges {
             coverage.mark(start, end);
         }
@@ -170,6 +174,10 @@ impl Connection {
                 () = self.woken.notified() => {}
             }
         }
+    }
+
+    pub(super) fn meter(&self) -> &Meter {
+        &self.opened.meter
     }
 
     pub(super) fn journal(&self) -> MutexGuard<'_, Journal> {

@@ -2,6 +2,7 @@
 //!
 //! - [`wire`] and [`route`]: the API's texts and which operation a request asks for, pure;
 //! - [`ticket`] and [`tickets`]: who may read what, and what runs;
+//! - [`meter`]: what it did, counted;
 //! - [`coverage`], [`required`] and [`tail`]: what was served, what a backup needs, and what a bitmap does not tell.
 //!
 //! It knows nothing of Kubernetes or libvirt, and never writes to a disk.
@@ -10,6 +11,7 @@ mod body;
 mod connection;
 pub mod coverage;
 mod journal;
+pub mod meter;
 pub mod required;
 pub mod route;
 pub mod serve;
@@ -21,6 +23,7 @@ pub mod tls;
 pub mod wire;
 
 pub use coverage::Coverage;
+pub use meter::{Encryption, Meter};
 pub use required::missing;
 pub use serve::{BindError, Config, ImageServer};
 pub use tail::unsure_from;

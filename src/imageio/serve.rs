@@ -20,7 +20,6 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::Semaphore;
@@ -31,8 +30,10 @@ use tracing::{debug, warn};
 
 use super::connection::{Connection, Socket};
 use super::journal::Journal;
+use super::meter::{Encryption, Meter};
 use super::service::Service;
 use super::tickets::Tickets;
+use super::tls::Tls;
 
 /// Time for a TLS handshake.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,7 +54,7 @@ pub struct Config {
     /// TCP addresses, all with TLS; port 0 for any.
     pub addresses: Vec<SocketAddr>,
     /// TLS of the TCP addresses, see [`super::tls`].
-    pub tls: Option<Arc<ServerConfig>>,
+    pub tls: Option<Tls>,
     /// Path of a unix socket, without TLS.
     pub unix_socket: Option<PathBuf>,
     /// Its mode.
@@ -64,6 +65,8 @@ pub struct Config {
     pub idle: Duration,
     /// Connections at a time; more wait to be accepted.
     pub max_connections: usize,
+    /// Counts what is done.
+    pub meter: Arc<Meter>,
 }
 
 impl Default for Config {
@@ -76,6 +79,7 @@ impl Default for Config {
             idle_before_ticket: Duration::from_secs(60),
             idle: Duration::from_secs(1800),
             max_connections: 512,
+            meter: Arc::default(),
         }
     }
 }
@@ -171,7 +175,7 @@ impl ImageServer {
         let listeners = TaskTracker::new();
         for listener in tcp {
             if let Some(tls) = shared.config.tls.clone() {
-                listeners.spawn(Arc::clone(&shared).accept_tcp(listener, TlsAcceptor::from(tls)));
+                listeners.spawn(Arc::clone(&shared).accept_tcp(listener, tls));
             }
         }
         if let Some(listener) = unix {
@@ -194,7 +198,7 @@ impl ImageServer {
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let shared = Shared::new(config, tickets, CancellationToken::new());
-        shared.drive(stream, "peer".to_owned()).await;
+        shared.drive(stream, "peer".to_owned(), Encryption::None).await;
     }
 }
 
@@ -241,15 +245,15 @@ impl Shared {
         }
     }
 
-    async fn accept_tcp(self: Arc<Self>, listener: TcpListener, tls: TlsAcceptor) {
+    async fn accept_tcp(self: Arc<Self>, listener: TcpListener, tls: Tls) {
         while let Some((stream, client, permit)) = self.next(|| listener.accept()).await {
-            let (shared, tls) = (Arc::clone(&self), tls.clone());
+            let (shared, tls) = (Arc::clone(&self), TlsAcceptor::from(tls.current()));
             self.tracker.spawn(async move {
                 if let Err(error) = stream.set_nodelay(true) {
                     debug!(%client, %error, "cannot set TCP_NODELAY");
                 }
                 match tokio::time::timeout(TLS_TIMEOUT, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => shared.drive(stream, client.to_string()).await,
+                    Ok(Ok(stream)) => shared.drive(stream, client.to_string(), Encryption::Tls).await,
                     Ok(Err(error)) => debug!(%client, %error, "TLS handshake failed"),
                     Err(_) => debug!(%client, "TLS handshake took too long"),
                 }
@@ -262,7 +266,7 @@ impl Shared {
         while let Some((stream, _, permit)) = self.next(|| listener.accept()).await {
             let shared = Arc::clone(&self);
             self.tracker.spawn(async move {
-                shared.drive(stream, "unix".to_owned()).await;
+                shared.drive(stream, "unix".to_owned(), Encryption::None).await;
                 drop(permit);
             });
         }
@@ -290,12 +294,12 @@ impl Shared {
     }
 
     /// Serves one connection to its end.
-    async fn drive<T>(&self, stream: T, client: String)
+    async fn drive<T>(&self, stream: T, client: String, encryption: Encryption)
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
-        let connection = Connection::new(Journal::new(number, client));
+        let connection = Connection::new(Journal::new(number, client), self.config.meter.opened(encryption));
         let service = Arc::new(Service {
             tickets: self.tickets.clone(),
             unix_socket: self.unix_socket.clone(),

@@ -85,6 +85,7 @@ impl Service {
         if unread {
             self.connection.leave_unread();
         }
+        self.connection.meter().answered(response.status());
         let headers = response.headers_mut();
         headers.insert(header::SERVER, HeaderValue::from_static(SERVER));
         headers.extend(cors);

@@ -231,6 +231,12 @@ impl Tickets {
         })
     }
 
+    /// How many tickets are valid.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.lock().values().filter(|entry| entry.end.is_none()).count()
+    }
+
     /// Begins an operation with the ticket of this id, for a connection that is cut by `cut`.
     pub(super) fn begin(&self, id: &str, cut: &CancellationToken) -> Result<Operation, Denied> {
         let id = TicketId::parse(id).map_err(|_| Denied::NoSuchTicket)?;

@@ -5,8 +5,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
@@ -19,14 +18,6 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 /// Why there is no TLS.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file cannot be read.
-    #[error("cannot read {}", path.display())]
-    Read {
-        /// Its path.
-        path: PathBuf,
-        /// The kernel's reason.
-        source: std::io::Error,
-    },
     /// No certificate or key in the text.
     #[error("no usable {0} in PEM form: give the certificate chain and its PKCS#8 key")]
     Pem(&'static str),
@@ -36,6 +27,30 @@ pub enum TlsError {
     /// No certificate could be made.
     #[error("cannot make a certificate; check the names")]
     Make(#[from] rcgen::Error),
+}
+
+/// The TLS that new connections of a server take. It can be exchanged while the server runs: connections that are open go on
+/// as they began.
+#[derive(Clone, Debug)]
+pub struct Tls(Arc<RwLock<Arc<ServerConfig>>>);
+
+impl From<Arc<ServerConfig>> for Tls {
+    fn from(config: Arc<ServerConfig>) -> Tls {
+        Tls(Arc::new(RwLock::new(config)))
+    }
+}
+
+impl Tls {
+    /// What a new connection takes now.
+    #[must_use]
+    pub fn current(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Gives new connections another certificate.
+    pub fn replace(&self, config: Arc<ServerConfig>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = config;
+    }
 }
 
 /// A certificate and the CA that signed it, made on the spot; all in PEM.
@@ -96,13 +111,6 @@ pub fn server_config(cert_pem: &[u8], key_pem: &[u8]) -> Result<Arc<ServerConfig
         .with_single_cert(chain, key)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
-}
-
-/// The configuration from files.
-pub fn from_files(cert: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
-    let read =
-        |path: &Path| std::fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source });
-    server_config(&read(cert)?, &read(key)?)
 }
 
 #[cfg(test)]

@@ -171,6 +171,14 @@ impl Libvirt {
         Ok(self.connect()?.lookup_domain_by_uuid_string(uuid)?)
     }
 
+    /// Whether it answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn ping(&self) -> Result<(), LibvirtError> {
+        Ok(self.connect()?.lib_version().map(drop)?)
+    }
+
     /// Every domain.
     ///
     /// # Errors

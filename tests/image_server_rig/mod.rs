@@ -17,6 +17,7 @@ pub(crate) struct Server {
     pub(crate) socket: PathBuf,
     pub(crate) ca: PathBuf,
     pub(crate) port: u16,
+    pub(crate) tls: tls::Tls,
     _stop: tokio_util::sync::DropGuard,
 }
 
@@ -33,9 +34,11 @@ impl Server {
         let ca = directory.join("ca.pem");
         std::fs::write(&ca, &made.ca_pem).unwrap();
         let socket = directory.join("images.sock");
+        let tls =
+            tls::Tls::from(tls::server_config(made.cert_pem.as_bytes(), made.key_pem.as_bytes()).unwrap());
         let config = Config {
             addresses: vec!["0.0.0.0:0".parse().unwrap()],
-            tls: Some(tls::server_config(made.cert_pem.as_bytes(), made.key_pem.as_bytes()).unwrap()),
+            tls: Some(tls.clone()),
             unix_socket: Some(socket.clone()),
             ..limits
         };
@@ -44,7 +47,7 @@ impl Server {
         let port = server.addresses()[0].port();
         let stop = CancellationToken::new();
         tokio::spawn(server.serve(stop.clone()));
-        Server { tickets, socket, ca, port, _stop: stop.drop_guard() }
+        Server { tickets, socket, ca, port, tls, _stop: stop.drop_guard() }
     }
 
     /// A ticket for a disk of `size` bytes; its id, and the disk's coverage.

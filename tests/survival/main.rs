@@ -11,6 +11,7 @@ mod chain;
 mod chain_kills;
 mod deletes;
 mod doubles;
+mod health;
 mod history;
 mod incremental;
 mod kills;
@@ -20,6 +21,9 @@ mod nodes;
 #[allow(dead_code, reason = "the truth tests use the rest")]
 mod objects;
 mod outages;
+#[path = "../metrics/prometheus.rs"]
+#[allow(dead_code, reason = "the metrics tests use the rest")]
+mod prometheus;
 mod readers;
 mod restored;
 #[path = "../cluster/rig.rs"]

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 use virtmark_bed::wait_until;
 
@@ -75,6 +76,42 @@ fn a_reader_goes_on_with_its_ticket_and_coverage_claims_no_more_than_was_served(
         let job = rig.vm.hypervisor().virsh(&["domjobinfo", "reader"])?;
         Ok((job.contains("None") && rig.bitmaps("vda")?.len() == 2).then_some(()))
     })?;
+    rig.host_is_clean()
+}
+
+#[test]
+fn an_agent_that_is_told_to_stop_answers_to_the_end_and_its_successor_knows() -> Result<()> {
+    let _alone = super::alone();
+    let mut rig = Rig::running_on(1, "graceful", small())?;
+    rig.vm.write("vda", 0, 48 * MIB, 0x11)?;
+    rig.backup("graceful-1", json!({}))?;
+    let ticket = rig.ticket("graceful-1-vda")?;
+    let image = rig.files.path().join("graceful.raw");
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--limit-rate", "8M", "--max-time", "60", "-r", "0-25165823", "--cacert"])
+        .arg(&ticket.ca);
+    let mut reader = curl.arg("-o").arg(&image).arg(&ticket.url).spawn()?;
+    let size = || fs::metadata(&image).map_or(0, |file| file.len());
+    wait_until(BOUND, "bytes to come", || Ok((size() > 0).then_some(())))?;
+
+    rig.bed.agents[1].process.signal(Signal::TERM);
+    wait_until(BOUND, "the agent to take nobody else", || {
+        Ok(ticket.curl(&["-H", "Range: bytes=0-0"]).is_err().then_some(()))
+    })?;
+    ensure!(reader.try_wait()?.is_none(), "the read had ended before: nothing was shown");
+    ensure!(reader.wait()?.success(), "the read was cut after {} bytes", size());
+    ensure!(size() == 24 * MIB, "{} bytes", size());
+    wait_until(BOUND, "the agent to end", || Ok((!rig.bed.agents[1].process.is_alive()).then_some(())))?;
+    ensure!(!rig.bed.agents[1].log().contains("panicked"), "{}", rig.bed.agents[1].log());
+
+    rig.bed.agents[1].restart(&[])?;
+    rig.bed.store()?;
+    wait_until(BOUND, "the agent to serve again", || Ok(ticket.curl(&["-H", "Range: bytes=0-0"]).ok()))?;
+    rig.state("vmbackup", "graceful-1", "Finalized")?;
+    let message = rig.reason("vmbackup", "graceful-1", "TransfersIncomplete")?;
+    ensure!(message.contains(&format!("vda: {} bytes", 24 * MIB)), "nothing served is forgotten: {message}");
+    ensure!(ticket.curl(&["-r", "25165824-50331647"])? == "206");
+    rig.phase("vmbackup", "graceful-1", "Succeeded")?;
     rig.host_is_clean()
 }
 

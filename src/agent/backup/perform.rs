@@ -33,6 +33,7 @@ pub(super) async fn perform(
 ) -> Result<(), AgentError> {
     let with_checkpoint = record.bitmap.is_some();
     record.life.starting(action, with_checkpoint, clock::now());
+    context.health.note_freeze(record);
     match context.host.state.store(record) {
         // a thaw leaves nothing behind that a successor must know of
         Err(error) if action == Action::Thaw => {
@@ -74,6 +75,7 @@ pub(super) async fn perform(
         record.life.thawed_early(record.quiesce_seconds, required);
     }
     record.life.done(action, report, required, clock::now());
+    context.health.note_freeze(record);
     context.host.state.store(record).map_err(AgentError::State)?;
     Ok(())
 }

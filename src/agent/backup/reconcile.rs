@@ -384,6 +384,11 @@ async fn write_status(
             phase if phase.is_terminal() => killpoint::reached(Step::TerminalWritten),
             _ => {}
         }
+        if phase.is_terminal() && !old.phase.is_terminal() {
+            let reason =
+                conditions::get(&new.conditions, conditions::READY).map_or("", |ready| &ready.reason);
+            context.health.metrics.ended(backup.spec.backup_type.as_str(), phase.as_str(), reason);
+        }
         tell(backup, old, &new, record, context).await;
     }
     Ok(phase)

@@ -78,6 +78,7 @@ pub struct StateLock {
 /// The state directory.
 #[derive(Clone, Debug)]
 pub struct StateDir {
+    root: PathBuf,
     state: PathBuf,
     orphans: PathBuf,
     succeeded: PathBuf,
@@ -91,6 +92,7 @@ impl StateDir {
     /// When they cannot be made.
     pub fn open(state: &Path, run: &Path) -> Result<Self, StateError> {
         let dir = Self {
+            root: state.to_owned(),
             state: state.join("backups"),
             orphans: state.join("orphans"),
             succeeded: state.join("succeeded"),
@@ -113,6 +115,18 @@ impl StateDir {
         let folder = self.backups()?;
         let locked = folder.lock().map_err(io_error(&self.state))?;
         Ok(locked.then_some(StateLock { _folder: folder }))
+    }
+
+    /// Whether it can be written.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn ping(&self) -> Result<(), StateError> {
+        let written = Folder::open(&self.root).and_then(|root| {
+            root.write(PING, b"ok\n")?;
+            root.remove(PING)
+        });
+        written.map_err(io_error(&self.root.join(PING)))
     }
 
     /// The folder of a backup in the run directory.
@@ -393,6 +407,8 @@ impl StateDir {
 
 /// Name of a record's file.
 const RECORD: &str = "record.json";
+/// The file whose writing shows that files can be written.
+const PING: &str = "ping";
 
 /// Kubernetes makes uids as uuids: hex digits and dashes.
 fn checked(uid: &str) -> Result<&str, StateError> {

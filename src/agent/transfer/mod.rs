@@ -308,7 +308,7 @@ fn secret(
                 text(format!("https://{}/images/{}", context.advertised, ticket.ticket.id.expose())),
             ),
             ("unixSocket".to_owned(), text(context.unix_socket.clone())),
-            ("ca.crt".to_owned(), text(context.ca.clone())),
+            ("ca.crt".to_owned(), text(context.certificate.ca())),
         ])),
         ..Secret::default()
     }

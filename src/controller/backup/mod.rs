@@ -411,7 +411,12 @@ async fn write(
     if new == *old {
         return Ok(());
     }
+    let phase = new.phase;
     replace(api, backup, new).await?;
+    if phase.is_terminal() && !old.phase.is_terminal() {
+        let kind = backup.spec.backup_type.as_str();
+        context.metrics.ended(kind, phase.as_str(), because.reason.as_str());
+    }
     tracing::info!(backup = backup.uid(), vm = backup.spec.vm, "{because}");
     context.events.tell(backup, warning, "Validate", because).await;
     Ok(())

@@ -33,6 +33,7 @@ pub async fn publish_all(
 ) -> Result<(), OperatorError> {
     let api = Api::<LibvirtDomain>::namespaced(context.client.clone(), namespace);
     let published = api.list(&ListParams::default()).await?.items;
+    context.note_published(&published);
     let seen: Vec<_> = context.sightings.state().iter().map(|sighting| sighting.spec.clone()).collect();
     let holders = published.iter().filter_map(|domain| domain.status.as_ref()?.node_name.clone());
     let nodes: HashSet<String> =

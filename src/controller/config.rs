@@ -28,6 +28,9 @@ pub struct Config {
     /// Seconds after which the lease of an operator that does not renew it is free for another one.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(3..=600))]
     pub lease_seconds: u32,
+    /// Do not run: say whether VMs are served, an operator leads and agents answer.
+    #[arg(long)]
+    pub check: bool,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

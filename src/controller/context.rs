@@ -155,7 +155,7 @@ impl Context {
 }
 
 /// Whether a Lease was renewed in time. The nodes' clocks must agree better than a lease lasts.
-fn holds(lease: &Lease, now: Timestamp) -> bool {
+pub(super) fn holds(lease: &Lease, now: Timestamp) -> bool {
     let Some(spec) = &lease.spec else { return false };
     let lasts = SignedDuration::from_secs(spec.lease_duration_seconds.unwrap_or_default().into());
     spec.renew_time.as_ref().is_some_and(|renewed| now.duration_since(renewed.0) <= lasts)

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// The name of the Lease.
-const LEASE: &str = "virtmark-operator";
+pub(super) const LEASE: &str = "virtmark-operator";
 
 /// How soon to ask again when the API server does not answer.
 const AGAIN: Duration = Duration::from_millis(500);

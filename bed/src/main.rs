@@ -7,7 +7,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use virtmark_bed::{Bed, Disk, Options, Plan, controlplane, down, guest, helm, hypervisor, kubectl, registry};
+use virtmark_bed::{
+    Bed, Disk, Options, Plan, controlplane, down, guest, helm, hypervisor, kubectl, registry,
+};
 
 /// A private control plane and private hypervisors for Virtmark's demo and tests.
 #[derive(Parser)]

@@ -10,7 +10,8 @@ const AGGREGATED: [(&str, &str); 2] =
 
 /// The template of a kind, from its YAML.
 pub fn kind(yaml: &str) -> String {
-    let keep = "  {{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n  {{- end }}\n";
+    let keep =
+        "  {{- if .Values.crds.keep }}\n  annotations:\n    helm.sh/resource-policy: keep\n  {{- end }}\n";
     let object = described(&escaped(yaml), &format!("{keep}{LABELS}"));
     format!("{{{{- if .Values.crds.enabled }}}}\n{object}{{{{- end }}}}\n")
 }

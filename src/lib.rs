@@ -15,6 +15,7 @@ pub mod access;
 #[cfg(feature = "agent")]
 pub mod agent;
 pub mod api;
+pub mod chart;
 pub mod clock;
 pub mod cluster;
 pub mod controller;

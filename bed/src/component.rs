@@ -15,6 +15,9 @@ pub const SYSTEM_NAMESPACE: &str = "virtmark-system";
 /// The namespace where LibvirtDomains are published.
 pub const VM_NAMESPACE: &str = "vms";
 
+/// The capabilities that an agent has, as the chart gives them to its pod: it gives files away, and reaches QEMU's.
+pub const AGENT_CAPABILITIES: [&str; 2] = ["CHOWN", "DAC_OVERRIDE"];
+
 /// The folder with the built binaries: `VIRTMARK_BIN_DIR`, or where this executable is.
 ///
 /// # Errors
@@ -54,7 +57,7 @@ pub fn operator(dir: &Path, plane: &ControlPlane, name: &str) -> Result<Daemon> 
     Daemon::start(name, &binary_dir()?.join("operator"), arguments.map(str::to_owned).to_vec(), dir)
 }
 
-/// Starts the agent of a hypervisor. Its token is bound to the Node object. It listens on 127.0.0.1 and
+/// Starts the agent of a hypervisor, with no more privilege than its pod has. Its token is bound to the Node object. It listens on 127.0.0.1 and
 /// 127.0.0.2, and tells clients the latter: the stock client then takes HTTPS and not the unix socket.
 ///
 /// # Errors
@@ -79,8 +82,12 @@ pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor) -> Resul
         ("--heartbeat-seconds", "2".to_owned()),
         ("--look-seconds", "10".to_owned()),
     ];
-    let arguments = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect();
-    Daemon::start(&name, &binary_dir()?.join("agent"), arguments, dir)
+    let capabilities = AGENT_CAPABILITIES.map(|name| format!(",+{}", name.to_lowercase())).concat();
+    let binary = binary_dir()?.join("agent").to_string_lossy().into_owned();
+    // it becomes the agent: the process is the same
+    let privileges = [format!("--bounding-set=-all{capabilities}"), "--no-new-privs".to_owned(), binary];
+    let arguments = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
+    Daemon::start(&name, Path::new("setpriv"), privileges.into_iter().chain(arguments).collect(), dir)
 }
 
 /// A kubeconfig with a token of `account`; bound to the Node `node` if one is given.

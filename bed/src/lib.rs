@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod disks;
 pub mod golang;
 pub mod guest;
+pub mod helm;
 pub mod hypervisor;
 pub mod kubectl;
 pub mod ledger;

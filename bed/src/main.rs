@@ -7,7 +7,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use virtmark_bed::{Bed, Disk, Options, Plan, controlplane, down, guest, hypervisor, kubectl, registry};
+use virtmark_bed::{
+    Bed, Disk, Options, Plan, controlplane, down, guest, helm, hypervisor, kubectl, registry,
+};
 
 /// A private control plane and private hypervisors for Virtmark's demo and tests.
 #[derive(Parser)]
@@ -70,6 +72,7 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Verb::Build { guest: with_guest } => {
             controlplane::binaries()?;
             kubectl::search_path()?;
+            helm::binary()?;
             if with_guest {
                 guest::Image::get()?;
             }

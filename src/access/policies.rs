@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{AGENT_ACCOUNT, OPERATOR_ACCOUNT, user};
-use crate::api::{self, GROUP, TICKET_SECRET_TYPE};
+use crate::api::{self, GROUP, LABEL_BACKUP, TICKET_SECRET_TYPE};
 
 /// The node that a token is bound to (`kubectl create token --bound-object-kind=Node`, and every pod's token);
 /// empty when it is bound to none.
@@ -19,6 +19,7 @@ pub fn all(namespace: &str) -> Vec<Value> {
         agent_sightings(&agent),
         agent_heartbeat(&agent),
         agent_tickets(&agent),
+        agent_transfers(&agent),
         operator_secrets(&operator),
         backups(),
         imports(&operator),
@@ -93,15 +94,14 @@ fn agent_heartbeat(agent: &str) -> Vec<Value> {
         .build(None)
 }
 
-/// An agent creates the Secrets of tickets, for transfers bound to its node. Every ImageTransfer of the namespace is
-/// a parameter: the policy is asked once for each, and the one that owns the Secret must be bound to the token's node.
+const OWNERS: &str = "has(object.metadata.ownerReferences) ? object.metadata.ownerReferences : []";
+
+/// An agent creates the Secrets of tickets, and no other. Their label leads to the policy of their transfers.
 fn agent_tickets(agent: &str) -> Vec<Value> {
-    let parameters = json!({"selector": {}, "parameterNotFoundAction": "Deny"});
     Policy::new("virtmark-agent-tickets", "", &["secrets"], &["CREATE"])
         .only_for(agent)
-        .with_parameters("ImageTransfer")
         .variable("node", TOKEN_NODE)
-        .variable("owners", "has(object.metadata.ownerReferences) ? object.metadata.ownerReferences : []")
+        .variable("owners", OWNERS)
         .require("variables.node != ''", "the token is not bound to a node")
         .require(
             &format!("has(object.type) && object.type == '{TICKET_SECRET_TYPE}'"),
@@ -116,11 +116,29 @@ fn agent_tickets(agent: &str) -> Vec<Value> {
             "a ticket's Secret belongs to one ImageTransfer, and is named after it",
         )
         .require(
+            &format!("has(object.metadata.labels) && '{LABEL_BACKUP}' in object.metadata.labels"),
+            &format!("a ticket's Secret has the label {LABEL_BACKUP}"),
+        )
+        .require("!has(object.metadata.finalizers)", "an agent writes no finalizers")
+        .build(None)
+}
+
+/// And for transfers bound to its node. Every ImageTransfer of the namespace is a parameter: the policy is asked once for
+/// each, and the one that owns the Secret must be bound to the token's node. It is denied where there are none, and that is
+/// found before it is known who asks: without the label nobody could create any Secret in a namespace without transfers.
+fn agent_transfers(agent: &str) -> Vec<Value> {
+    let parameters = json!({"selector": {}, "parameterNotFoundAction": "Deny"});
+    Policy::new("virtmark-agent-transfers", "", &["secrets"], &["CREATE"])
+        .only_for(agent)
+        .only_labelled(LABEL_BACKUP)
+        .with_parameters("ImageTransfer")
+        .variable("node", TOKEN_NODE)
+        .variable("owners", OWNERS)
+        .require(
             "variables.owners.size() == 1 && (params.metadata.uid != variables.owners[0].uid \
              || has(params.status) && has(params.status.nodeName) && params.status.nodeName == variables.node)",
             "the transfer is not bound to the token's node",
         )
-        .require("!has(object.metadata.finalizers)", "an agent writes no finalizers")
         .build(Some(parameters))
 }
 
@@ -165,6 +183,7 @@ fn may_back_up() -> Value {
 struct Policy {
     name: &'static str,
     rule: Value,
+    label: Option<&'static str>,
     who: Option<String>,
     parameters: Option<&'static str>,
     variables: Vec<Value>,
@@ -176,7 +195,20 @@ impl Policy {
         let version = if group.is_empty() { "v1" } else { "*" };
         let rule = json!({"apiGroups": [group], "apiVersions": [version], "resources": resources,
             "operations": operations});
-        Self { name, rule, who: None, parameters: None, variables: Vec::new(), validations: Vec::new() }
+        Self {
+            name,
+            rule,
+            label: None,
+            who: None,
+            parameters: None,
+            variables: Vec::new(),
+            validations: Vec::new(),
+        }
+    }
+
+    fn only_labelled(mut self, label: &'static str) -> Self {
+        self.label = Some(label);
+        self
     }
 
     fn only_for(mut self, user: &str) -> Self {
@@ -217,6 +249,10 @@ impl Policy {
             "matchConstraints": {"resourceRules": [self.rule]},
             "validations": self.validations,
         });
+        if let Some(label) = self.label {
+            let labelled = json!({"matchExpressions": [{"key": label, "operator": "Exists"}]});
+            spec["matchConstraints"]["objectSelector"] = labelled;
+        }
         if let Some(expression) = &self.who {
             spec["matchConditions"] = json!([{"name": "who", "expression": expression}]);
         }

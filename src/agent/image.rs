@@ -72,6 +72,20 @@ impl Info {
     }
 }
 
+/// Whether an image is there, or was removed. One in a folder that this process does not have is neither: a pod sees the
+/// folders of its node that it was given.
+///
+/// # Errors
+/// [`HostError::NotSeen`]; the operating system's.
+pub fn is_there(image: &Path) -> Result<bool, HostError> {
+    let io = |source| HostError::Io { path: image.to_owned(), source };
+    let folder = image.parent().unwrap_or(image);
+    if image.try_exists().map_err(io)? {
+        return Ok(true);
+    }
+    if folder.try_exists().map_err(io)? { Ok(false) } else { Err(HostError::NotSeen(image.to_owned())) }
+}
+
 /// Reads an image that nobody writes. Beside a writer that stores its bitmaps they may seem to be gone: then this
 /// fails, for it asks for the image's lock.
 ///
@@ -108,4 +122,21 @@ pub fn qemu_img(verb: &'static str, arguments: &[&OsStr]) -> Result<Vec<u8>, Hos
         return Ok(output.stdout);
     }
     Err(failed(one_line(&String::from_utf8_lossy(&output.stderr), 512)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_gone_is_told_from_one_whose_folder_the_pod_has_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("vda.qcow2");
+        assert!(!is_there(&image).unwrap());
+        std::fs::write(&image, "").unwrap();
+        assert!(is_there(&image).unwrap());
+        let elsewhere = dir.path().join("pool/vda.qcow2");
+        let refusal = is_there(&elsewhere).unwrap_err();
+        assert!(matches!(&refusal, HostError::NotSeen(path) if *path == elsewhere), "{refusal}");
+    }
 }

@@ -1,18 +1,25 @@
-//! Writes what is made from the Rust code: `crds/`, `deploy/` and the tables in `docs/`; with `--check` only says
-//! what differs.
+//! Writes what is made from the Rust code: `crds/`, `deploy/`, their like in `charts/` and the tables in `docs/`; with
+//! `--check` only says what differs.
 
 use std::process::ExitCode;
 use std::{env, fs};
 
 use anyhow::Context as _;
 use serde::Serialize;
+use serde_json::Value;
 use serde_saphyr::SerializerOptions;
-use virtmark::{access, api, tables};
+use virtmark::{access, api, chart, tables};
 
 /// In what the image server differs from ovirt-imageio on purpose.
 const DIFFERENCES: &str = "tests/conformance/differences.yaml";
 
 const MARK: &str = "# made by `cargo run --bin generate`\n";
+
+/// The same in a template, which does not print it.
+const TEMPLATE_MARK: &str = "{{- /* made by `cargo run --bin generate` */}}\n";
+
+/// Where the chart's templates are.
+const TEMPLATES: &str = "charts/virtmark/templates";
 
 /// Where operator and agents live.
 const NAMESPACE: &str = "virtmark-system";
@@ -20,11 +27,22 @@ const NAMESPACE: &str = "virtmark-system";
 fn main() -> anyhow::Result<ExitCode> {
     let mut made = Vec::new();
     for crd in api::crds() {
-        made.push((format!("crds/{}.yaml", crd.spec.names.plural), format!("{MARK}{}", yaml(&crd)?)));
+        let (name, text) = (format!("{}.yaml", crd.spec.names.plural), yaml(&crd)?);
+        made.push((format!("{TEMPLATES}/crds/{name}"), format!("{TEMPLATE_MARK}{}", chart::kind(&text))));
+        made.push((format!("crds/{name}"), format!("{MARK}{text}")));
     }
     for (name, objects) in access::manifests(NAMESPACE) {
         let documents = objects.iter().map(yaml).collect::<anyhow::Result<Vec<_>>>()?;
         made.push((format!("deploy/{name}.yaml"), format!("{MARK}{}", documents.join("---\n"))));
+    }
+    for (name, objects) in access::manifests(chart::NAMESPACE) {
+        let template = |object: &Value| {
+            let name = object["metadata"]["name"].as_str().unwrap_or_default();
+            Ok(chart::access(name, &yaml(object)?))
+        };
+        let documents = objects.iter().map(template).collect::<anyhow::Result<Vec<_>>>()?;
+        let text = format!("{TEMPLATE_MARK}{}", documents.join("---\n"));
+        made.push((format!("{TEMPLATES}/access/{name}.yaml"), text));
     }
     let differences = fs::read_to_string(DIFFERENCES).with_context(|| format!("{DIFFERENCES} is missing"))?;
     let conformance = ("conformance", tables::conformance(&differences).context(DIFFERENCES)?);

@@ -8,5 +8,8 @@ async fn main() -> anyhow::Result<()> {
     let config = controller::config::Config::parse();
     telemetry::init(config.log_format);
     telemetry::install_crypto();
+    if config.check {
+        return controller::check(&config).await;
+    }
     controller::run(config, telemetry::stop_on_signal()?).await
 }

@@ -32,6 +32,9 @@ pub struct Config {
     /// Address for /healthz, /readyz and /metrics, over plain HTTP; `none` for none.
     #[arg(long, default_value = "[::]:8080")]
     pub health_listen: Listen,
+    /// Do not run: say whether VMs are served, an operator leads and agents answer.
+    #[arg(long)]
+    pub check: bool,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

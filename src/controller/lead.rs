@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::role::Role;
 
 /// The name of the Lease.
-const LEASE: &str = "virtmark-operator";
+pub(super) const LEASE: &str = "virtmark-operator";
 
 /// How soon to ask again when the API server does not answer.
 const AGAIN: Duration = Duration::from_millis(500);

@@ -12,6 +12,7 @@
 
 pub mod backup;
 pub mod chain;
+mod check;
 pub mod checkpoint;
 pub mod config;
 mod context;
@@ -26,5 +27,6 @@ mod role;
 mod run;
 pub mod transfer;
 
+pub use check::check;
 pub use context::{Context, OperatorError};
 pub use run::run;

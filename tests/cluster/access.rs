@@ -96,7 +96,8 @@ fn an_agent_is_held_to_its_node() -> Result<()> {
 fn secret(transfer: &Value, edit: &Value) -> String {
     let uid = transfer["metadata"]["uid"].as_str().unwrap_or_default();
     let mut secret = json!({"apiVersion": "v1", "kind": "Secret", "type": "virtmark.dev/ticket",
-        "metadata": {"namespace": VM_NAMESPACE, "name": format!("ticket-{uid}-77"), "ownerReferences": [{
+        "metadata": {"namespace": VM_NAMESPACE, "name": format!("ticket-{uid}-77"),
+            "labels": {"virtmark.dev/backup-uid": "guarded"}, "ownerReferences": [{
             "apiVersion": "virtmark.dev/v1alpha1", "kind": "ImageTransfer", "uid": uid,
             "name": transfer["metadata"]["name"]}]},
         "stringData": {"url": "https://evil.example/images/x"}});
@@ -125,6 +126,12 @@ fn secrets(rig: &Rig, own: &Kubectl, other: &Kubectl, transfer: &Value) -> Resul
     refused("with a finalizer", create(own, held), "no finalizers")?;
     let elsewhere = json!({"/metadata/namespace": "default"});
     refused("in another namespace", create(own, elsewhere), "denied request")?;
+    let bare = json!({"/metadata/namespace": "default", "/metadata/labels": {}});
+    refused("without its label", create(own, bare), "has the label")?;
+    // Helm's, say: a policy that asks for transfers where there are none is for nobody else
+    let others = format!("guarded-{}", rig.vm.name);
+    rig.bed.kubectl().run(&["-n", "default", "create", "secret", "generic", &others])?;
+    rig.bed.kubectl().run(&["-n", "default", "delete", "secret", &others])?;
     let real = transfer["status"]["ticketSecret"].as_str().context("no ticketSecret")?;
     let operator = with_token(rig, "virtmark-operator", None)?;
     for (who, kubectl) in [("agent", own), ("operator", &operator)] {

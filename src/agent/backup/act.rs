@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::life::{Action, Freeze, Report};
 use super::mark::BitmapDisk;
-use crate::agent::image::{qemu_img, read_locked};
+use crate::agent::image::{is_there, qemu_img, read_locked};
 use crate::agent::state::{Base, Record, StateDir, StateError};
 use crate::api::{FullReason, QuiesceMode};
 use crate::killpoint;
@@ -52,6 +52,9 @@ pub enum HostError {
         /// Why.
         source: io::Error,
     },
+    /// An image that the agent's pod has no folder for.
+    #[error("the agent does not see the folder of image {}: is it in the chart's agent.imageDirs?", .0.display())]
+    NotSeen(PathBuf),
     /// The domain is not on this host.
     #[error("the VM is not on this node")]
     NoDomain,
@@ -409,7 +412,10 @@ impl Host {
         // one qemu-img at a time: it takes the image's lock, and several checkpoints may go at once
         let _alone = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         for disk in disks {
-            let mut layer = disk.image.clone().filter(|image| image.exists());
+            let mut layer = match &disk.image {
+                Some(image) if is_there(image)? => Some(image.clone()),
+                _ => None,
+            };
             while let Some(image) = layer {
                 let info = read_locked(&image)?;
                 // of all disks: an image may be another's by now

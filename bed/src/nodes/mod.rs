@@ -18,7 +18,7 @@ pub mod network;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -63,8 +63,13 @@ impl Cluster {
         controlplane::node_binaries()?;
         kubectl::search_path()?;
         crate::make(false, |dir| {
+            let began = Instant::now();
             let images = build(dir)?;
-            Self::raise(dir, nodes, images)
+            eprintln!("{} images built in {:.1} s", images.len(), began.elapsed().as_secs_f64());
+            let began = Instant::now();
+            let cluster = Self::raise(dir, nodes, images)?;
+            eprintln!("{nodes} nodes with all images are Ready after {:.1} s", began.elapsed().as_secs_f64());
+            Ok(cluster)
         })
     }
 

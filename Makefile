@@ -1,5 +1,6 @@
 # make demo   set everything up and back a running VM up, end to end; takes everything down
 # make test   set everything up and run all tests
+# make e2e    users' stories on a real cluster: two nodes with kubelets, the images, the chart
 # make fuzz   hostile input, guided by coverage: N inputs for each target, or for TARGET (docs/hostile-input.md)
 # make soak   random histories of real VMs, N of them: every restore point is compared byte for byte
 # make bench  measure the data path against nbdcopy and the stock ovirt-imageio; docs/benchmarks.md says what the rows mean
@@ -11,7 +12,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test test-survival test-others soak bench bench-incremental fuzz up down build lint style prerequisites
+.PHONY: demo test test-survival test-others e2e soak bench bench-incremental fuzz up down build lint style prerequisites
 
 demo: build
 	$(bed) --hypervisors 2 demo
@@ -40,6 +41,16 @@ test-survival:
 
 test-others:
 	$(bed) --hypervisors 2 run -- $(cargo_test) $(others)
+
+# the images' binaries are what is shipped: optimized, and the operator without libvirt
+e2e:
+	@bed/prerequisites.sh containerd runc containernetworking-plugins buildah conntrack iptables iproute2 binutils
+	$(cargo_test) --no-run --test e2e --bin bed
+	$(bed) build --nodes
+	cargo build --locked --release --no-default-features --bin operator
+	cargo build --locked --release --bin agent
+	$(bed) --hypervisors 2 nodes --binaries $(CARGO_TARGET_DIR)/release -- \
+	  $(cargo_test) --test e2e -- --test-threads 1 --nocapture
 
 soak: N = 300
 soak: prerequisites

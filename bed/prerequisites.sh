@@ -46,7 +46,8 @@ if ! all_installed; then
   for suite in bookworm bookworm-updates bookworm-backports; do
     echo "deb http://deb.debian.org/debian $suite main"
   done >"$sources"
-  apt=(apt-get -q -o Dir::Etc::sourcelist="$sources" -o Dir::Etc::sourceparts=/dev/null)
+  # another apt may be at work
+  apt=(apt-get -q -o DPkg::Lock::Timeout=600 -o Dir::Etc::sourcelist="$sources" -o Dir::Etc::sourceparts=/dev/null)
   "${apt[@]}" update
   DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y -t bookworm-backports --no-install-recommends "${packages[@]}"
 fi

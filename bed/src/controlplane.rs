@@ -1,4 +1,5 @@
-//! A real etcd and kube-apiserver on free loopback ports. Nodes are objects only, until kubelets are added.
+//! A real etcd and kube-apiserver: on free loopback ports, where nodes are objects only, or in a network of their own, with
+//! controllers and scheduler, for real nodes (`nodes`).
 
 use std::fs;
 use std::net::TcpListener;
@@ -15,6 +16,7 @@ use crate::cache;
 use crate::daemon::Daemon;
 use crate::golang;
 use crate::kubectl::Kubectl;
+use crate::nodes::network::{self, Network};
 use crate::pki::Pki;
 use crate::vm::run;
 use crate::wait::wait_until;
@@ -24,6 +26,12 @@ const GO_SUM: &str = include_str!("../controlplane/go.sum");
 const VERSION: &str = "v1.37.2";
 const TOOLS: [(&str, &str); 2] =
     [("etcd", "go.etcd.io/etcd/server/v3"), ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver")];
+const NODES: [(&str, &str); 4] = [
+    ("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
+    ("kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"),
+    ("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+    ("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
+];
 const KUBECTL: (&str, &str) = ("kubectl", "k8s.io/kubernetes/cmd/kubectl");
 
 /// Writes by every user are logged, so that tests can count them.
@@ -49,6 +57,14 @@ pub fn binaries() -> Result<PathBuf> {
 /// When Go is missing, or the build fails.
 pub fn kubectl_binary() -> Result<PathBuf> {
     build("kubectl", &[KUBECTL], "about a minute")
+}
+
+/// The folder with what real nodes need besides: controllers, scheduler, kubelet, kube-proxy.
+///
+/// # Errors
+/// When Go is missing, or a build fails.
+pub fn node_binaries() -> Result<PathBuf> {
+    build("nodes", &NODES, "about eight minutes")
 }
 
 /// Builds tools of `controlplane/go.mod`, once a machine.
@@ -82,6 +98,28 @@ pub struct ControlPlane {
     pub etcd: Daemon,
     /// The API server.
     pub apiserver: Daemon,
+    /// Where they are, if not on the machine's loopback.
+    #[serde(default)]
+    pub network: Option<Network>,
+}
+
+/// Where a control plane is.
+struct Place<'a> {
+    address: &'a str,
+    /// Of etcd for clients and for peers, and of the API server.
+    ports: [u16; 3],
+    network: Option<&'a Network>,
+}
+
+impl Place<'_> {
+    fn start(&self, name: &str, binary: &Path, arguments: Vec<String>, dir: &Path) -> Result<Daemon> {
+        let Some(network) = self.network else {
+            return Daemon::start(name, binary, arguments, dir);
+        };
+        // nsenter becomes what it is told to run: the process is the daemon's
+        let words = network.words().into_iter().chain([binary.to_string_lossy().into_owned()]);
+        Daemon::start(name, Path::new("nsenter"), words.chain(arguments).collect(), dir)
+    }
 }
 
 impl ControlPlane {
@@ -90,9 +128,53 @@ impl ControlPlane {
     /// # Errors
     /// When one of them does not come up; their logs are in `dir`/log.
     pub fn start(dir: &Path) -> Result<Self> {
+        let address = "127.0.0.1";
+        let pki = Pki::make(&dir.join("pki"), address)?;
+        let more = vec![format!("--bind-address={address}"), "--endpoint-reconciler-type=none".to_owned()];
+        Self::start_at(dir, &pki, &Place { address, ports: free_ports()?, network: None }, more)
+    }
+
+    /// Starts both in a network of their own, with controllers and scheduler; answers these.
+    ///
+    /// # Errors
+    /// When one of them does not come up; their logs are in `dir`/log.
+    pub fn start_in(dir: &Path, pki: &Pki, network: &Network) -> Result<(Self, Vec<Daemon>)> {
+        let flag = |name: &str, file: &str| format!("--{name}={}", pki.path(file).display());
+        pki.client("kubelets", "kube-apiserver", Some("system:masters"))?;
+        let more = vec![
+            flag("kubelet-client-certificate", "kubelets.crt"),
+            flag("kubelet-client-key", "kubelets.key"),
+            flag("kubelet-certificate-authority", "ca.crt"),
+            "--kubelet-preferred-address-types=InternalIP".to_owned(),
+        ];
+        let place =
+            Place { address: network::CONTROL_PLANE, ports: [2379, 2380, 6443], network: Some(network) };
+        let plane = Self::start_at(dir, pki, &place, more)?;
+        let binaries = node_binaries()?;
+        let start = |name: &str, more: Vec<String>| {
+            pki.client(name, &format!("system:{name}"), None)?;
+            let kubeconfig = dir.join(format!("{name}.kubeconfig"));
+            write_kubeconfig(&kubeconfig, &plane, &pki.user(name))?;
+            let common =
+                [format!("--kubeconfig={}", kubeconfig.display()), "--leader-elect=false".to_owned()];
+            place.start(name, &binaries.join(name), common.into_iter().chain(more).collect(), dir)
+        };
+        let controllers = vec![
+            "--use-service-account-credentials".to_owned(),
+            flag("service-account-private-key-file", "accounts.key"),
+            flag("root-ca-file", "ca.crt"),
+            // pods come eight seconds later without
+            "--kube-api-qps=300".to_owned(),
+            "--kube-api-burst=600".to_owned(),
+        ];
+        let others =
+            vec![start("kube-controller-manager", controllers)?, start("kube-scheduler", Vec::new())?];
+        Ok((plane, others))
+    }
+
+    fn start_at(dir: &Path, pki: &Pki, place: &Place<'_>, more: Vec<String>) -> Result<Self> {
         let binaries = binaries()?;
-        let pki = Pki::make(&dir.join("pki"))?;
-        let [etcd_port, peer_port, api_port] = free_ports()?;
+        let (address, [etcd_port, peer_port, api_port]) = (place.address, place.ports);
         let etcd_url = format!("http://127.0.0.1:{etcd_port}");
         let peer = format!("http://127.0.0.1:{peer_port}");
         let policy = dir.join("audit-policy.yaml");
@@ -109,13 +191,11 @@ impl ControlPlane {
             "--unsafe-no-fsync".to_owned(),
             "--log-level=warn".to_owned(),
         ];
-        let etcd = Daemon::start("etcd", &binaries.join("etcd"), arguments, dir)?;
-        let arguments = vec![
+        let etcd = place.start("etcd", &binaries.join("etcd"), arguments, dir)?;
+        let mut arguments = vec![
             format!("--etcd-servers={etcd_url}"),
             format!("--secure-port={api_port}"),
-            "--bind-address=127.0.0.1".to_owned(),
-            "--advertise-address=127.0.0.1".to_owned(),
-            "--endpoint-reconciler-type=none".to_owned(),
+            format!("--advertise-address={address}"),
             flag("cert-dir", &dir.join("pki")),
             flag("tls-cert-file", &pki.path("apiserver.crt")),
             flag("tls-private-key-file", &pki.path("apiserver.key")),
@@ -130,18 +210,18 @@ impl ControlPlane {
             flag("audit-policy-file", &policy),
             flag("audit-log-path", &audit_log),
         ];
-        let apiserver = Daemon::start("kube-apiserver", &binaries.join("kube-apiserver"), arguments, dir)?;
+        arguments.extend(more);
+        let apiserver = place.start("kube-apiserver", &binaries.join("kube-apiserver"), arguments, dir)?;
         let plane = Self {
             kubeconfig: dir.join("admin.kubeconfig"),
-            url: format!("https://127.0.0.1:{api_port}"),
+            url: format!("https://{address}:{api_port}"),
             audit_log,
             ca: pki.path("ca.crt"),
             etcd,
             apiserver,
+            network: place.network.cloned(),
         };
-        let file = |name: &str| pki.path(name).to_string_lossy().into_owned();
-        let user = json!({"client-certificate": file("admin.crt"), "client-key": file("admin.key")});
-        write_kubeconfig(&plane.kubeconfig, &plane, &user)?;
+        write_kubeconfig(&plane.kubeconfig, &plane, &pki.user("admin"))?;
         plane.ready()?;
         Ok(plane)
     }
@@ -192,7 +272,7 @@ impl ControlPlane {
 
     /// kubectl as the administrator.
     pub fn kubectl(&self) -> Kubectl {
-        Kubectl::new(&self.kubeconfig)
+        Kubectl::new(&self.kubeconfig, self.network.as_ref())
     }
 }
 

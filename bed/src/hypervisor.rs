@@ -6,19 +6,17 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread::sleep;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rand::Rng as _;
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Ledger, Process};
+use crate::namespaces::{self, Service};
 use crate::wait::wait_until;
 
 /// What is laid over the machine's, from the hypervisor's folder.
@@ -36,6 +34,9 @@ pub struct Hypervisor {
     pub name: String,
     /// Its folder.
     pub dir: PathBuf,
+    /// Its address, if it has a network of its own.
+    #[serde(default)]
+    pub address: Option<String>,
     host_uuid: String,
     init: Option<Process>,
 }
@@ -46,13 +47,20 @@ impl Hypervisor {
     /// # Errors
     /// When its libvirtd does not come up; logs are in its folder.
     pub fn start_new(bed_dir: &Path, name: &str, ledger: &Ledger) -> Result<Self> {
+        let mut hypervisor = Self::make(bed_dir, name, None)?;
+        hypervisor.start(ledger)?;
+        Ok(hypervisor)
+    }
+
+    /// A new one, which is off. One with an address has a network of its own, and takes migrations over TCP.
+    pub(crate) fn make(bed_dir: &Path, name: &str, address: Option<&str>) -> Result<Self> {
         let dir = bed_dir.join(name);
-        for sub in ["run", "etc", "lib", "cache", "log", "sock"] {
+        for sub in ["etc", "lib", "cache", "log", "sock"] {
             fs::create_dir_all(dir.join(sub))?;
         }
-        let mut hypervisor = Self { name: name.to_owned(), dir, host_uuid: random_uuid(), init: None };
+        let address = address.map(str::to_owned);
+        let hypervisor = Self { name: name.to_owned(), dir, address, host_uuid: random_uuid(), init: None };
         hypervisor.configure(bed_dir)?;
-        hypervisor.start(ledger)?;
         Ok(hypervisor)
     }
 
@@ -64,16 +72,22 @@ impl Hypervisor {
         }
         fs::create_dir_all(self.dir.join("lib/qemu"))?;
         let sock = self.dir.join("sock");
-        let libvirtd = format!(
+        let mut libvirtd = format!(
             "host_uuid = \"{}\"\nauth_unix_rw = \"none\"\nunix_sock_dir = \"{}\"\n",
             self.host_uuid,
             sock.display()
         );
-        fs::write(self.dir.join("etc/libvirtd.conf"), libvirtd)?;
-        let qemu = format!(
+        let mut qemu = format!(
             "security_driver = \"none\"\ncgroup_controllers = []\nshared_filesystems = [ \"{}\" ]\n",
             bed_dir.display()
         );
+        if let Some(address) = &self.address {
+            libvirtd += &format!(
+                "listen_tls = 0\nlisten_tcp = 1\nauth_tcp = \"none\"\nlisten_addr = \"{address}\"\n"
+            );
+            qemu += &format!("migration_address = \"{address}\"\nmigration_host = \"{address}\"\n");
+        }
+        fs::write(self.dir.join("etc/libvirtd.conf"), libvirtd)?;
         fs::write(self.dir.join("etc/qemu.conf"), qemu)?;
         Ok(())
     }
@@ -83,35 +97,36 @@ impl Hypervisor {
     /// # Errors
     /// When its libvirtd does not come up.
     pub fn start(&mut self, ledger: &Ledger) -> Result<()> {
-        let log = fs::File::create(self.dir.join("init.log"))?;
-        let mut unshare = Command::new("unshare");
-        unshare
-            .args(["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"])
-            .arg(bed_executable()?)
-            .arg("hypervisor-init")
-            .arg(&self.dir)
-            .arg(&self.name)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0);
-        let mut parent = unshare.spawn().context("unshare cannot be run: are you root?")?;
-        let children = format!("/proc/{0}/task/{0}/children", parent.id());
-        let init = wait_until(Duration::from_secs(5), "the namespaces", || {
-            let pid = fs::read_to_string(&children).unwrap_or_default();
-            Ok(pid.trim().parse().ok().and_then(|pid| Process::find(pid, &self.name, true)))
-        })?;
-        ledger.add(&init)?;
-        std::thread::spawn(move || parent.wait());
+        self.begin("hypervisor-init", &[], ledger)?;
+        self.ready()
+    }
+
+    /// Starts its PID 1, `bed VERB FOLDER NAME`, in namespaces of these kinds besides its own.
+    pub(crate) fn begin(&mut self, verb: &str, kinds: &[&str], ledger: &Ledger) -> Result<Process> {
+        let kinds = [&["--mount", "--uts", "--ipc"], kinds].concat();
+        let verb = [Path::new(verb), &self.dir, Path::new(&self.name)];
+        let init = namespaces::start(&self.name, &kinds, &verb, &self.dir.join("init.log"), ledger)?;
         self.init = Some(init.clone());
+        Ok(init)
+    }
+
+    /// Waits until its libvirtd answers.
+    pub(crate) fn ready(&self) -> Result<()> {
         wait_until(Duration::from_secs(20), "libvirtd", || {
-            if !init.is_alive() {
+            if !self.init.as_ref().is_some_and(Process::is_alive) {
                 let log = fs::read_to_string(self.dir.join("init.log")).unwrap_or_default();
                 bail!("hypervisor {} ended: {log}", self.name);
             }
-            Ok(self.virsh(&["version"]).ok())
-        })?;
-        Ok(())
+            Ok(self.virsh(&["version"]).ok().map(drop))
+        })
+    }
+
+    /// Its PID 1, while it is on.
+    ///
+    /// # Errors
+    /// When it is off.
+    pub fn init(&self) -> Result<&Process> {
+        self.init.as_ref().with_context(|| format!("{} is off", self.name))
     }
 
     /// Cuts its power: everything in it is gone at once.
@@ -127,7 +142,7 @@ impl Hypervisor {
         format!("qemu+unix:///system?socket={}", self.dir.join("sock/libvirt-sock").display())
     }
 
-    /// Where a domain's migration to it is received, by its QEMU.
+    /// Where a domain's migration to it is received on this machine, by its QEMU.
     ///
     /// # Errors
     /// When the folder cannot be made.
@@ -136,6 +151,14 @@ impl Hypervisor {
         fs::create_dir_all(&folder)?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777))?;
         Ok(folder.join(format!("{domain}.sock")))
+    }
+
+    /// How another hypervisor reaches its libvirt, and where a domain's migration is received by its QEMU.
+    pub(crate) fn migration_uris(&self, domain: &str) -> Result<(String, String)> {
+        Ok(match &self.address {
+            Some(address) => (format!("qemu+tcp://{address}/system"), format!("tcp://{address}")),
+            None => (self.uri(), format!("unix://{}", self.migration_socket(domain)?.display())),
+        })
     }
 
     /// Runs virsh on it, and answers what it printed.
@@ -193,7 +216,7 @@ impl Hypervisor {
     /// # Errors
     /// When it does not run.
     pub fn kept_status(&self, domain: &str) -> Result<String> {
-        let init = self.init.as_ref().context("it is off")?.pid;
+        let init = self.init()?.pid;
         Ok(fs::read_to_string(format!("/proc/{init}/root/run/libvirt/qemu/{domain}.xml"))?)
     }
 
@@ -208,42 +231,18 @@ impl Hypervisor {
 /// # Errors
 /// What failed.
 pub fn init(dir: &Path, name: &str) -> Result<()> {
-    rustix::system::sethostname(name.as_bytes())?;
-    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
-    mount("tmpfs", "/run", "tmpfs", MountFlags::empty(), Some(c"mode=755"))?;
-    for (ours, machines) in OVERLAID {
-        mount_bind(dir.join(ours), machines).with_context(|| format!("cannot lay over {machines}"))?;
-    }
-    let start = |daemon: &str| -> Result<Child> {
-        let log = fs::File::options().create(true).append(true).open(dir.join(format!("{daemon}.log")))?;
-        let mut command = Command::new(daemon);
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        command.spawn().with_context(|| format!("cannot start {daemon}"))
-    };
-    let mut daemons = [("virtlogd", start("virtlogd")?), ("libvirtd", start("libvirtd")?)];
-    loop {
-        // PID 1 reaps what its daemons leave behind, and restarts them as an init system would
-        match rustix::process::wait(rustix::process::WaitOptions::empty()) {
-            Ok(Some((ended, _))) => {
-                for (daemon, child) in &mut daemons {
-                    if i32::try_from(child.id()) == Ok(ended.as_raw_nonzero().get()) {
-                        sleep(Duration::from_millis(100));
-                        *child = start(daemon)?;
-                    }
-                }
-            }
-            Ok(None) => {}
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
+    namespaces::enter(name)?;
+    lay_over(dir)?;
+    let services = ["virtlogd", "libvirtd"].map(|daemon| Service::new(daemon, [daemon.to_owned()]));
+    let running = services.into_iter().map(|service| Ok((service.clone(), service.start(dir)?)));
+    namespaces::keep(running.collect::<Result<_>>()?, dir)
 }
 
-fn bed_executable() -> Result<PathBuf> {
-    if let Some(path) = std::env::var_os("VIRTMARK_BED_EXECUTABLE") {
-        return Ok(path.into());
-    }
-    Ok(crate::component::binary_dir()?.join("bed"))
+/// Lays what is libvirt's of the hypervisor in `dir` over the machine's.
+pub(crate) fn lay_over(dir: &Path) -> Result<()> {
+    OVERLAID
+        .iter()
+        .try_for_each(|(ours, machines)| namespaces::lay_over(&dir.join(ours), Path::new(machines)))
 }
 
 fn copy_tree(from: &Path, to: &Path) -> Result<()> {

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use crate::controlplane;
+use crate::nodes::network::Network;
 
 /// The PATH of this process, and behind it the folder of a kubectl of ours where the machine has none.
 ///
@@ -27,12 +28,13 @@ pub fn search_path() -> Result<OsString> {
 #[derive(Clone, Debug)]
 pub struct Kubectl {
     kubeconfig: PathBuf,
+    network: Option<Network>,
 }
 
 impl Kubectl {
-    /// kubectl with this kubeconfig.
-    pub fn new(kubeconfig: &Path) -> Self {
-        Self { kubeconfig: kubeconfig.to_owned() }
+    /// kubectl with this kubeconfig, in the network where its server is, if that is not the machine's own.
+    pub fn new(kubeconfig: &Path, network: Option<&Network>) -> Self {
+        Self { kubeconfig: kubeconfig.to_owned(), network: network.cloned() }
     }
 
     /// Runs it, and answers what it printed.
@@ -48,7 +50,9 @@ impl Kubectl {
     /// # Errors
     /// When it fails: with what it printed to standard error.
     pub fn run_with(&self, arguments: &[&str], input: &str) -> Result<String> {
-        let mut child = Command::new("kubectl")
+        let within = self.network.as_ref().map(|network| network.command("kubectl"));
+        let mut child = within
+            .unwrap_or_else(|| Command::new("kubectl"))
             .env("PATH", search_path()?)
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)

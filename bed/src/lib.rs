@@ -20,8 +20,11 @@ pub mod helm;
 pub mod hypervisor;
 pub mod kubectl;
 pub mod ledger;
+pub mod namespaces;
+pub mod nodes;
 pub mod pki;
 pub mod registry;
+pub mod stock;
 pub mod vm;
 pub mod wait;
 
@@ -77,20 +80,9 @@ impl Bed {
     /// What did not come up, and where its log is.
     pub fn up(options: &Options) -> Result<Self> {
         check_machine()?;
-        registry::sweep()?;
         controlplane::binaries()?;
         kubectl::search_path()?;
-        let id: u32 = rand::rng().random();
-        let dir = PathBuf::from(format!("/tmp/vmbed-{:06x}", id & 0xff_ffff));
-        registry::register(&dir, options.keep)?;
-        fs::create_dir_all(dir.join("log"))?;
-        Self::raise(&dir, options).inspect_err(|_| {
-            let logs = PathBuf::from(format!("{}.log", dir.display()));
-            if fs::rename(dir.join("log"), &logs).is_ok() {
-                eprintln!("the logs of the bed that did not come up are in {}", logs.display());
-            }
-            down(&dir);
-        })
+        make(options.keep, |dir| Self::raise(dir, options))
     }
 
     fn raise(dir: &Path, options: &Options) -> Result<Self> {
@@ -188,9 +180,28 @@ impl Bed {
     }
 }
 
+/// Has `raise` bring something up in a new folder, which is known to be a bed's. On failure it is taken down again.
+fn make<T>(keep: bool, raise: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    registry::sweep()?;
+    let id: u32 = rand::rng().random();
+    let dir = PathBuf::from(format!("/tmp/vmbed-{:06x}", id & 0xff_ffff));
+    registry::register(&dir, keep)?;
+    fs::create_dir_all(dir.join("log"))?;
+    raise(&dir).inspect_err(|_| {
+        let logs = PathBuf::from(format!("{}.log", dir.display()));
+        if fs::rename(dir.join("log"), &logs).is_ok() {
+            eprintln!("the logs of the bed that did not come up are in {}", logs.display());
+        }
+        down(&dir);
+    })
+}
+
 /// Takes the bed in `dir` down: its processes by its ledger, then its folder. Can be repeated.
 pub fn down(dir: &Path) {
     Ledger::of(dir).end_all();
+    if let Some(name) = dir.file_name() {
+        nodes::remove_cgroups(Path::new(name));
+    }
     // QEMU's sockets and files may go at the same time as we look: try again
     let gone = wait_until(Duration::from_secs(5), "the bed's folder to go", || {
         let _ = fs::remove_dir_all(dir);
@@ -236,13 +247,17 @@ fn check_machine() -> Result<()> {
         ("virsh", "libvirt-clients"),
         ("unshare", "util-linux"),
     ] {
-        let found = ["/usr/sbin", "/usr/bin", "/usr/local/bin", "/sbin", "/bin"];
-        let on_path =
-            env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>()).unwrap_or_default();
-        let mut folders = found.iter().map(PathBuf::from).chain(on_path);
-        if !folders.any(|folder| folder.join(program).exists()) {
+        if !is_installed(program) {
             bail!("{program} is missing: `make up` installs package {package}");
         }
     }
     Ok(())
+}
+
+fn is_installed(program: &str) -> bool {
+    let found = ["/usr/sbin", "/usr/bin", "/usr/local/bin", "/sbin", "/bin"];
+    let on_path =
+        env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>()).unwrap_or_default();
+    let mut folders = found.iter().map(PathBuf::from).chain(on_path);
+    folders.any(|folder| folder.join(program).exists())
 }

@@ -2,11 +2,12 @@
 
 mod demo;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use virtmark_bed::nodes::{self, Cluster, images};
 use virtmark_bed::{
     Bed, Disk, Options, Plan, controlplane, down, guest, helm, hypervisor, kubectl, registry,
 };
@@ -43,6 +44,30 @@ enum Verb {
         /// The Debian guest too.
         #[arg(long)]
         guest: bool,
+        /// What a cluster with nodes needs, too.
+        #[arg(long)]
+        nodes: bool,
+    },
+    /// Bring a cluster with two real nodes up, with the images of operator and agent on them, run a command, take it
+    /// down.
+    Nodes {
+        /// The folder with the binaries for the images: operator and agent.
+        #[arg(long)]
+        binaries: PathBuf,
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// PID 1 of a network's namespaces; the bed calls it.
+    #[command(hide = true)]
+    NetworkInit,
+    /// PID 1 of a node's namespaces; the bed calls it.
+    #[command(hide = true)]
+    NodeInit {
+        /// The node's folder.
+        dir: PathBuf,
+        /// Its name.
+        name: String,
     },
     /// PID 1 of a hypervisor's namespaces; the bed calls it.
     #[command(hide = true)]
@@ -69,12 +94,27 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         |keep| Options { hypervisors: arguments.hypervisors, repository: arguments.repository.clone(), keep };
     match arguments.verb {
         Verb::HypervisorInit { dir, name } => hypervisor::init(&dir, &name)?,
-        Verb::Build { guest: with_guest } => {
+        Verb::NetworkInit => nodes::network::init(),
+        Verb::NodeInit { dir, name } => nodes::init::init(&dir, &name)?,
+        Verb::Nodes { binaries, command } => {
+            take_down_on_signal()?;
+            let binaries = ["operator", "agent"].map(|name| (name, binaries.join(name)));
+            let cluster = Cluster::up(arguments.hypervisors, |dir| {
+                let version = env!("CARGO_PKG_VERSION");
+                images::build(&arguments.repository, &binaries, images::REGISTRY, version, dir)
+            })?;
+            return within(&cluster.dir, &cluster.plane.kubeconfig, &command);
+        }
+        Verb::Build { guest: with_guest, nodes: with_nodes } => {
             controlplane::binaries()?;
             kubectl::search_path()?;
             helm::binary()?;
             if with_guest {
                 guest::Image::get()?;
+            }
+            if with_nodes {
+                controlplane::node_binaries()?;
+                images::bases()?;
             }
         }
         Verb::Up => {
@@ -96,22 +136,13 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         }
         Verb::Down => registry::kept()?.iter().for_each(|dir| down(dir)),
         Verb::Run { command } => {
-            let bed = take_down_on_signal(&options(false))?;
-            let (program, rest) = command.split_first().context("no command")?;
-            let status = Command::new(program)
-                .args(rest)
-                .env("VIRTMARK_BED", &bed.dir)
-                .env("KUBECONFIG", &bed.plane.kubeconfig)
-                .env("PATH", kubectl::search_path()?)
-                .status();
-            bed.down();
-            let code = status.with_context(|| format!("{program} cannot be run"))?.code();
-            return Ok(code
-                .and_then(|code| u8::try_from(code).ok())
-                .map_or(ExitCode::FAILURE, ExitCode::from));
+            take_down_on_signal()?;
+            let bed = Bed::up(&options(false))?;
+            return within(&bed.dir, &bed.plane.kubeconfig, &command);
         }
         Verb::Demo => {
-            let bed = take_down_on_signal(&options(false))?;
+            take_down_on_signal()?;
+            let bed = Bed::up(&options(false))?;
             let shown = demo::run(&bed, &arguments.repository);
             if shown.is_err() {
                 eprintln!("--- the last lines of operator and agent ---");
@@ -126,13 +157,27 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A bed that Ctrl-C and SIGTERM take down.
-fn take_down_on_signal(options: &Options) -> Result<Bed> {
+/// Runs a command on the bed in `dir`, then takes it down; answers how the command ended.
+fn within(dir: &Path, kubeconfig: &Path, command: &[String]) -> Result<ExitCode> {
+    let (program, rest) = command.split_first().context("no command")?;
+    let status = Command::new(program)
+        .args(rest)
+        .env("VIRTMARK_BED", dir)
+        .env("KUBECONFIG", kubeconfig)
+        .env("PATH", kubectl::search_path()?)
+        .status();
+    down(dir);
+    let code = status.with_context(|| format!("{program} cannot be run"))?.code();
+    Ok(code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Ctrl-C and SIGTERM take this process's beds down.
+fn take_down_on_signal() -> Result<()> {
     ctrlc::set_handler(|| {
         eprintln!("taking the bed down");
         let own = registry::mine().unwrap_or_default();
         own.iter().for_each(|dir| down(dir));
         std::process::exit(130);
     })?;
-    Bed::up(options)
+    Ok(())
 }

@@ -261,8 +261,7 @@ impl Vm {
     /// # Errors
     /// libvirt's: then it is where it was.
     pub fn migrate(&mut self, to: &Hypervisor, flags: &[&str]) -> Result<()> {
-        let uri = format!("unix://{}", to.migration_socket(&self.name)?.display());
-        let destination = to.uri();
+        let (destination, uri) = to.migration_uris(&self.name)?;
         let fixed = ["--live", "--p2p", "--persistent", "--undefinesource", "--migrateuri", &uri];
         let words = [&["migrate"], &fixed[..], flags, &["--domain", &self.name, "--desturi", &destination]];
         self.hypervisor.virsh(&words.concat())?;

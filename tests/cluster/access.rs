@@ -13,7 +13,7 @@ use super::rig::{BOUND, Rig, small};
 fn with_token(rig: &Rig, of: &str, node: Option<&str>) -> Result<Kubectl> {
     let file = format!("{of}-{}-{}", node.unwrap_or("unbound"), rig.vm.name);
     let path = account(&rig.bed.dir, &rig.bed.plane, of, &file, node)?;
-    Ok(Kubectl::new(&path))
+    Ok(Kubectl::new(&path, None))
 }
 
 /// Says no, and says why.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use virtmark_bed::component::VM_NAMESPACE;
-use virtmark_bed::{Bed, Disk, Plan, compare, wait_until};
+use virtmark_bed::{Bed, Disk, Plan, compare, stock, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -140,9 +140,7 @@ impl Stage<'_> {
     }
 
     fn python(&self) -> Result<Command> {
-        let python =
-            std::env::var_os("VIRTMARK_PYTHON").context("VIRTMARK_PYTHON is not set: run `make demo`")?;
-        let mut command = Command::new(python);
+        let mut command = Command::new(stock::python()?);
         command.env("KUBECONFIG", &self.bed.plane.kubeconfig);
         command.env("PATH", virtmark_bed::kubectl::search_path()?);
         Ok(command)
@@ -157,26 +155,8 @@ impl Stage<'_> {
             "$ python: ovirt_imageio.client.download(url, {:?}, ca, fmt=\"qcow2\"{more})   # {over}",
             image.display()
         );
-        let script = "
-import base64, json, subprocess, sys, tempfile
-from ovirt_imageio import client
-namespace, transfer, image, over, base = sys.argv[1:]
-more = dict(incremental=True, backing_file=base, backing_format='qcow2') if base else {}
-get = lambda *what: json.loads(subprocess.check_output(['kubectl', '-n', namespace, 'get', *what, '-o', 'json']))
-name = get('imagetransfer', transfer)['status']['ticketSecret']
-secret = {key: base64.b64decode(value).decode() for key, value in get('secret', name)['data'].items()}
-url = secret['url'].replace('127.0.0.2', '127.0.0.1') if over == 'unix' else secret['url']
-with tempfile.NamedTemporaryFile('w') as ca:
-    ca.write(secret['ca.crt']); ca.flush()
-    client.download(url, image, ca.name, fmt='qcow2', max_workers=4, **more)
-";
-        let mut python = self.python()?;
-        python.args(["-c", script, VM_NAMESPACE, transfer]).arg(image).args([over, base.unwrap_or_default()]);
-        let status = python.status()?;
-        if !status.success() {
-            bail!("the stock client failed");
-        }
-        Ok(())
+        let python = Command::new(stock::python()?);
+        stock::download(python, &self.bed.plane.kubeconfig, (VM_NAMESPACE, transfer), image, over, base)
     }
 
     /// Starts examples/follow.py in the background.

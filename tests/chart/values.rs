@@ -22,6 +22,7 @@ fn others() -> Vec<(&'static str, Value)> {
         ("/log/format", json!("text")),
         ("/log/filter", json!("debug")),
         ("/networkPolicy/clients", json!([{"ipBlock": {"cidr": "192.0.2.0/24"}}])),
+        ("/networkPolicy/scrapers", json!([{"podSelector": {"matchLabels": {"app": "prometheus"}}}])),
         ("/networkPolicy/apiServerPorts", json!([6443])),
         ("/image/registry", json!("registry.example.com:5000")),
         ("/image/repository", json!("mirror/virtmark")),

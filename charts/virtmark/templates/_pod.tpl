@@ -16,6 +16,23 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* How the kubelet asks after a container with a port `health`. A restart is for what does not move at all. */}}
+{{- define "virtmark.probes" -}}
+startupProbe:
+  httpGet: {path: /healthz, port: health}
+  periodSeconds: 2
+  failureThreshold: 60
+livenessProbe:
+  httpGet: {path: /healthz, port: health}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+readinessProbe:
+  httpGet: {path: /readyz, port: health}
+  periodSeconds: 5
+  timeoutSeconds: 5
+{{- end }}
+
 {{- define "virtmark.podPlacement" -}}
 {{- $root := index . 0 }}
 {{- $values := index . 2 -}}

@@ -35,17 +35,9 @@ impl<'a> Reader<'a> {
     /// Goes on from what it has, so many bytes a second.
     fn go_on(&self, rate: &str) -> Result<Child> {
         let mut curl: Command = self.release.cluster.network.command("curl");
-        curl.args([
-            "-sS",
-            "--fail",
-            "--max-time",
-            "120",
-            "--limit-rate",
-            rate,
-            "--continue-at",
-            "-",
-            "--cacert",
-        ]);
+        curl.args(["-sS", "--fail", "--max-time", "120", "--limit-rate", rate, "--continue-at", "-"]);
+        // a pod's address that is gone answers nothing; the next one's server may not listen yet
+        curl.args(["--speed-limit", "1", "--speed-time", "5", "--cacert"]);
         curl.arg(self.release.files.path().join("ca.pem")).arg("--output").arg(&self.image).arg(&self.url);
         Ok(curl.spawn()?)
     }
@@ -61,8 +53,9 @@ impl<'a> Reader<'a> {
 
     /// Reads the rest, and compares.
     fn finish(&self, then: &Path) -> Result<()> {
-        let status = self.go_on("1G")?.wait()?;
-        ensure!(status.success(), "curl: {status}");
+        wait_until(BOUND, "the image server to be there", || {
+            Ok(self.go_on("1G")?.wait()?.success().then_some(()))
+        })?;
         compare(then, &self.image, "raw")
     }
 }
@@ -85,6 +78,10 @@ fn an_agent_that_is_replaced_in_the_middle_of_a_read_goes_on_with_the_ticket() -
         let ended = curl.wait()?;
         let has = reader.has();
         ensure!(has < 64 * MIB, "the reader was done before");
+        if name == "killed" {
+            // what an agent served in its last five seconds and did not store counts as unread
+            std::fs::remove_file(&reader.image)?;
+        }
         reader.finish(&then)?;
         release.succeed(name)?;
         release.say(&format!(
@@ -252,7 +249,7 @@ fn a_vm_of_a_node_that_lost_its_power_is_backed_up_where_it_is_started() -> Resu
     release.cluster.ready("node-b")?;
     release.rolled_out()?;
     release.say(&format!("node-b is back, and its agent, after {:.2} s", began.elapsed().as_secs_f64()));
-    release.cluster.node(1)?.virsh(&["undefine", "lost"])?;
+    release.cluster.node(1)?.virsh(&["undefine", "lost", "--checkpoints-metadata"])?;
     let status = release.get("lvd", "lost")?["status"].clone();
     ensure!(status["nodeName"] == "node-a" && status["state"] == "Running", "{status}");
     release.succeeded();

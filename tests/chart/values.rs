@@ -24,6 +24,12 @@ fn others() -> Vec<(&'static str, Value)> {
         ("/networkPolicy/clients", json!([{"ipBlock": {"cidr": "192.0.2.0/24"}}])),
         ("/networkPolicy/scrapers", json!([{"podSelector": {"matchLabels": {"app": "prometheus"}}}])),
         ("/networkPolicy/apiServerPorts", json!([6443])),
+        ("/interval", json!("1m")),
+        ("/podMonitor/labels", json!({"release": "prometheus"})),
+        ("/serviceMonitor/labels", json!({"release": "prometheus"})),
+        ("/prometheusRule/labels", json!({"release": "prometheus"})),
+        ("/labels/grafana_dashboard", json!("yes")),
+        ("/dashboard/annotations", json!({"grafana_folder": "VMs"})),
         ("/image/registry", json!("registry.example.com:5000")),
         ("/image/repository", json!("mirror/virtmark")),
         ("/image/tag", json!("v9")),
@@ -66,7 +72,10 @@ fn others() -> Vec<(&'static str, Value)> {
 fn context(path: &str) -> Value {
     match path {
         "/agent/tls/trust" => json!({"agent": {"tls": {"secretName": "image-server"}}}),
-        _ => json!({}),
+        _ => match path.strip_prefix("/monitoring/").and_then(|rest| rest.split_once('/')) {
+            Some((one, rest)) if rest != "enabled" => json!({"monitoring": {one: {"enabled": true}}}),
+            _ => json!({}),
+        },
     }
 }
 

@@ -25,7 +25,7 @@ down:
 
 # style first: it is fast, and what it says is cheap to mend. Then two beds side by side: the tests of survival kill what all
 # others share, one after the other, and mostly wait
-cargo_test := cargo test --locked --workspace --features virtmark/killpoints
+cargo_test := cargo test --no-fail-fast --locked --workspace --features virtmark/killpoints
 tests := $(patsubst %/main,%,$(basename $(wildcard tests/*.rs tests/*/main.rs bed/tests/*.rs)))
 others := --lib --bins --examples $(addprefix --test ,$(filter-out survival,$(notdir $(tests))))
 

@@ -11,6 +11,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
+{{/* The same, and those that the user wants on an object besides, which count more: (list root labels). */}}
+{{- define "virtmark.labelsAnd" -}}
+{{ toYaml (merge (dict) (index . 1) (fromYaml (include "virtmark.labels" (index . 0)))) }}
+{{- end }}
+
 {{/* What selects the pods of a component: (list root "operator"). It must never change. */}}
 {{- define "virtmark.selector" -}}
 app.kubernetes.io/name: virtmark

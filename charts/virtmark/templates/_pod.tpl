@@ -4,10 +4,7 @@
 labels:
   {{- /* without versions: what did not change is not restarted */}}
   {{- include "virtmark.selector" (list (index . 0) (index . 1)) | nindent 2 }}
-  {{- with (index . 0).Values.commonLabels }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-  {{- with $values.podLabels }}
+  {{- with merge (dict) $values.podLabels (index . 0).Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- with $values.podAnnotations }}

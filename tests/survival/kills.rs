@@ -259,6 +259,7 @@ fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
     let list = |kind: &str| -> Result<Value> {
         Ok(serde_json::from_str(&rig.kubectl(&["get", kind, "-o", "json"])?)?)
     };
+    let mut seen = String::new();
     wait_until(BOUND, "the host to be clean, the Secrets gone, the checkpoint settled", || {
         let secrets = list("secrets")?["items"].as_array().map_or(0, Vec::len);
         let checkpoints = named(list("vmcheckpoints")?);
@@ -267,9 +268,12 @@ fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
             conditions.iter().any(|c| c["type"] == "Usable" && c["status"] == "True")
         });
         let expected = usize::from(way.finalizes());
-        Ok((secrets == 0 && usable && checkpoints.len() == expected && rig.host_is_clean().is_ok())
-            .then_some(()))
-    })?;
+        let host = rig.host_is_clean();
+        let is_clean = secrets == 0 && usable && checkpoints.len() == expected && host.is_ok();
+        seen = format!("{secrets} Secrets, host {host:?}, checkpoints {checkpoints:?}");
+        Ok(is_clean.then_some(()))
+    })
+    .with_context(|| seen.clone())?;
     rig.host_is_clean()?;
     let bitmaps = [rig.bitmaps("vdb")?, rig.bitmaps("vdc")?];
     for bitmaps in &bitmaps {

@@ -44,7 +44,10 @@ impl LibvirtError {
 
     /// QEMU went away in the middle of the call. libvirt may take a moment to say so of the domain.
     pub fn is_monitor_lost(&self) -> bool {
-        self.domain == virt::sys::VIR_FROM_QEMU && self.message.contains("monitor")
+        let lost_monitor = self.domain == virt::sys::VIR_FROM_QEMU && self.message.contains("monitor");
+        // it looks at QEMU's mounts for each file of a backup: `Failed to read /proc/1928/mounts`
+        let lost_process = self.code == virt::sys::VIR_ERR_SYSTEM_ERROR && self.message.contains("/proc/");
+        lost_monitor || lost_process
     }
 
     /// Another job holds the domain (`VIR_ERR_OPERATION_TIMEOUT`): libvirt waited 30 s for it, and did nothing.
@@ -403,7 +406,7 @@ mod tests {
     fn an_error_that_says_nothing_about_the_backup_is_told_from_one_that_does() {
         use virt::sys::{
             VIR_ERR_INTERNAL_ERROR, VIR_ERR_OPERATION_FAILED, VIR_ERR_OPERATION_TIMEOUT,
-            VIR_ERR_SYSTEM_ERROR, VIR_FROM_QEMU, VIR_FROM_RPC,
+            VIR_ERR_SYSTEM_ERROR, VIR_FROM_NONE, VIR_FROM_QEMU, VIR_FROM_RPC,
         };
         // as libvirt 11.3 says them
         let table = [
@@ -420,6 +423,13 @@ mod tests {
                 "Unable to read from monitor: Connection reset by peer",
                 true,
             ),
+            (
+                VIR_FROM_NONE,
+                VIR_ERR_SYSTEM_ERROR,
+                "Failed to read /proc/1928/mounts: No such file or directory",
+                true,
+            ),
+            (VIR_FROM_NONE, VIR_ERR_SYSTEM_ERROR, "Unable to open file: No space left on device", false),
             (VIR_FROM_QEMU, VIR_ERR_OPERATION_TIMEOUT, "cannot acquire state change lock", true),
             (VIR_FROM_QEMU, VIR_ERR_INTERNAL_ERROR, "unable to execute QEMU command 'transaction'", false),
             (VIR_FROM_QEMU, VIR_ERR_OPERATION_FAILED, "Bitmap 'x' is inconsistent", false),

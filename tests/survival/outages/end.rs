@@ -154,8 +154,13 @@ impl Cell {
         let mut named = Vec::new();
         for checkpoint in self.objects.list::<VmCheckpoint>()?.iter().filter(|object| ours(object)) {
             let conditions = checkpoint["status"]["conditions"].as_array().cloned().unwrap_or_default();
-            if !conditions.iter().any(|c| c["type"] == "Usable" && c["status"] == "True") {
-                return Ok(format!("checkpoint {} is not usable", checkpoint["metadata"]["name"]));
+            // a bitmap that went with its QEMU is told of, once it was looked at
+            let settled = |c: &Value| c["status"] == "True" || c["reason"] == "CheckpointInvalid";
+            if !conditions.iter().any(|c| c["type"] == "Usable" && settled(c)) {
+                return Ok(format!(
+                    "checkpoint {} is not usable: {conditions:?}",
+                    checkpoint["metadata"]["name"]
+                ));
             }
             named.push(checkpoint["spec"]["bitmap"].clone());
         }

@@ -176,7 +176,23 @@ pub(super) fn while_killed(
         Component::Agent => (rig.bed.agents[hypervisor], rig.bed.operator) = (dies, other),
     }
     rig.bed.store()?;
-    died.and(worked)
+    let failed = match (died, worked) {
+        (Ok(()), Ok(())) => return Ok(()),
+        (Err(died), Err(worked)) => died.context(format!("{worked:#}")),
+        (died, worked) => died.and(worked).err().context("one of them failed")?,
+    };
+    Err(failed.context(last_words(&rig.bed)))
+}
+
+/// The ends of the logs of operator and agents: where a test fails on another machine they are all that is left of it.
+fn last_words(bed: &Bed) -> String {
+    let end = |daemon: &Daemon| {
+        let log = daemon.log();
+        let mut lines: Vec<_> = log.lines().rev().take(20).collect();
+        lines.reverse();
+        format!("{}:\n{}\n", daemon.name, lines.join("\n"))
+    };
+    std::iter::once(&bed.operator).chain(&bed.agents).map(end).collect()
 }
 
 fn survive(

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use futures::StreamExt as _;
+use futures::channel::mpsc::UnboundedReceiver;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
 use tokio::time::Instant;
@@ -11,8 +13,8 @@ use tokio::time::Instant;
 use super::{AgentError, Context};
 use crate::api::{self, DomainSighting, DomainSightingSpec};
 use crate::killpoint;
-use crate::libvirt::Listed;
 use crate::libvirt::xml::Domain;
+use crate::libvirt::{Listed, Notice};
 use crate::step::Step;
 
 /// As libvirt prints it.
@@ -45,10 +47,13 @@ pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
 }
 
 /// For how long what was read is believed: somebody may delete it.
-pub const BELIEVED: Duration = Duration::from_secs(60);
+const BELIEVED: Duration = Duration::from_secs(60);
+
+/// How soon what could not be published is tried again.
+const UNPUBLISHED: Duration = Duration::from_secs(1);
 
 /// What this agent last wrote, by domain uuid: equal sightings are not written again.
-pub struct Inventory {
+struct Inventory {
     read: Instant,
     api: Api<DomainSighting>,
     namespace: String,
@@ -60,7 +65,7 @@ impl Inventory {
     ///
     /// # Errors
     /// What the API server says.
-    pub async fn load(context: &Context, namespace: &str) -> Result<Self, AgentError> {
+    async fn load(context: &Context, namespace: &str) -> Result<Self, AgentError> {
         let api = Api::<DomainSighting>::namespaced(context.client.clone(), namespace);
         let ours = ListParams::default().fields(&format!("spec.nodeName={}", context.node));
         let written = api.list(&ours).await?.into_iter().map(|s| (s.spec.uuid.clone(), s)).collect();
@@ -68,7 +73,7 @@ impl Inventory {
     }
 
     /// When it is to be read again.
-    pub fn due(&self) -> Instant {
+    fn due(&self) -> Instant {
         self.read + BELIEVED
     }
 
@@ -76,7 +81,7 @@ impl Inventory {
     ///
     /// # Errors
     /// When libvirt or the API server cannot be asked; the next call goes on where this one stopped.
-    pub async fn publish(&mut self, context: &Context) -> Result<(), AgentError> {
+    async fn publish(&mut self, context: &Context) -> Result<(), AgentError> {
         let host = context.host.clone();
         let listed = context.blocking(move || Ok(host.libvirt.domains()?)).await?;
         let sighted =
@@ -118,7 +123,7 @@ impl Inventory {
     ///
     /// # Errors
     /// When the API server cannot be asked.
-    pub async fn publish_look(&mut self, uuid: &str, context: &Context) -> Result<(), AgentError> {
+    async fn publish_look(&mut self, uuid: &str, context: &Context) -> Result<(), AgentError> {
         let Some(written) = self.written.get(uuid) else { return Ok(()) };
         let checkpoints = context.survey.report(uuid);
         if checkpoints.is_none() || written.spec.checkpoints == checkpoints {
@@ -156,6 +161,83 @@ impl Inventory {
         let created = self.api.create(&params, &DomainSighting { metadata, spec }).await?;
         killpoint::reached(Step::SightingMade);
         Ok(created)
+    }
+}
+
+/// Publishes what libvirt says whenever `notices` say that it changed, and once in a while; and what was found of the bitmaps of
+/// the domains that are `looked` at. Comes back when libvirt is watched no more.
+pub async fn follow(
+    context: &Context,
+    namespace: &str,
+    mut notices: UnboundedReceiver<Notice>,
+    mut looked: UnboundedReceiver<String>,
+) {
+    let (mut inventory, mut next) = (None, Instant::now() + BELIEVED);
+    loop {
+        let heard = tokio::select! {
+            heard = tokio::time::timeout_at(next, notices.next()) => heard,
+            Some(uuid) = looked.next() => {
+                if let Err(error) = publish_look(&mut inventory, &uuid, context).await {
+                    tracing::warn!(%error, "what was seen of a domain's bitmaps was not published");
+                    (inventory, next) = (None, Instant::now() + UNPUBLISHED);
+                }
+                continue;
+            }
+        };
+        match heard {
+            Ok(None) => return,
+            Ok(Some(notice)) => heed(context, notice),
+            // the safety net, when libvirt says nothing
+            Err(_) if inventory.is_some() => context.registry.wake_domain(None),
+            Err(_) => {}
+        }
+        while let Ok(more) = notices.try_recv() {
+            heed(context, more);
+        }
+        next = match publish(&mut inventory, context, namespace).await {
+            Ok(due) => due,
+            Err(error) => {
+                tracing::warn!(%error, "the inventory was not published");
+                inventory = None;
+                Instant::now() + UNPUBLISHED
+            }
+        };
+    }
+}
+
+/// Looks again at what libvirt says has changed.
+fn heed(context: &Context, notice: Notice) {
+    match notice {
+        Notice::Domain(uuid) => context.registry.wake_domain(Some(&uuid)),
+        Notice::Everything => context.registry.wake_domain(None),
+        Notice::Disconnected(why) => tracing::warn!(why, "libvirt cannot be reached"),
+    }
+}
+
+/// Publishes what libvirt says; answers when to do so again although libvirt says nothing.
+async fn publish(
+    inventory: &mut Option<Inventory>,
+    context: &Context,
+    namespace: &str,
+) -> Result<Instant, AgentError> {
+    let loaded = match inventory {
+        Some(loaded) if Instant::now() < loaded.due() => loaded,
+        _ => inventory.insert(Inventory::load(context, namespace).await?),
+    };
+    loaded.publish(context).await?;
+    Ok(loaded.due())
+}
+
+/// Publishes what a look at a domain's bitmaps found.
+async fn publish_look(
+    inventory: &mut Option<Inventory>,
+    vm_uuid: &str,
+    context: &Context,
+) -> Result<(), AgentError> {
+    match inventory {
+        Some(loaded) => loaded.publish_look(vm_uuid, context).await,
+        // what is not loaded is published as a whole, and soon
+        None => Ok(()),
     }
 }
 

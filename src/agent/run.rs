@@ -21,21 +21,17 @@ use super::config::Config;
 use super::context::{AgentError, Context};
 use super::cordon::Cordon;
 use super::health::{self, Health};
-use super::inventory::{BELIEVED, Inventory};
 use super::registry::{Live, Registry};
 use super::state::{StateDir, StateLock};
 use super::survey::{self, Survey};
 use super::transfer::StoredTicket;
-use super::{backup, checkpoint, cordon, heartbeat, scratch, transfer};
+use super::{backup, checkpoint, cordon, heartbeat, inventory, scratch, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
 use crate::cluster::{self, Events};
 use crate::imageio::{self, BindError, ImageServer, Tickets};
-use crate::libvirt::{self, Libvirt, Notice};
+use crate::libvirt::{self, Libvirt};
 use crate::probe::{self, Sign};
-
-/// How soon what could not be published is tried again.
-const UNPUBLISHED: Duration = Duration::from_secs(1);
 
 /// How long an ended backup is remembered, for its transfers to learn how it ended.
 const REMEMBERED: SignedDuration = SignedDuration::from_secs(60);
@@ -88,7 +84,7 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
     let (wake_backup, backups) = mpsc::unbounded();
     let (wake_transfer, transfers) = mpsc::unbounded();
     let (wake_checkpoint, checkpoints) = mpsc::unbounded();
-    let (noticed, mut notices) = mpsc::unbounded();
+    let (noticed, notices) = mpsc::unbounded();
     libvirt::watch(&config.libvirt_uri, move |notice| noticed.unbounded_send(notice).is_ok())?;
     let context = Arc::new(Context {
         client: client.clone(),
@@ -155,43 +151,8 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         .run(cluster::timed(&health.metrics, checkpoint::reconcile), on_error, Arc::clone(&context))
         .for_each(cluster::noted(&health.metrics));
 
-    let (looked_at, mut looked) = mpsc::unbounded::<String>();
+    let (looked_at, looked) = mpsc::unbounded::<String>();
     let look_every = Duration::from_secs(config.look_seconds.into());
-    let watched = Arc::clone(&context);
-    let namespace = config.system_namespace.clone();
-    let inventory = async move {
-        let (mut inventory, mut next) = (None, Instant::now() + BELIEVED);
-        loop {
-            let heard = tokio::select! {
-                heard = tokio::time::timeout_at(next, notices.next()) => heard,
-                Some(uuid) = looked.next() => {
-                    if let Err(error) = publish_look(&mut inventory, &uuid, &watched).await {
-                        tracing::warn!(%error, "what was seen of a domain's bitmaps was not published");
-                        (inventory, next) = (None, Instant::now() + UNPUBLISHED);
-                    }
-                    continue;
-                }
-            };
-            match heard {
-                Ok(None) => return,
-                Ok(Some(notice)) => heed(&watched, notice),
-                // the safety net, when libvirt says nothing
-                Err(_) if inventory.is_some() => watched.registry.wake_domain(None),
-                Err(_) => {}
-            }
-            while let Ok(more) = notices.try_recv() {
-                heed(&watched, more);
-            }
-            next = match publish(&mut inventory, &watched, &namespace).await {
-                Ok(due) => due,
-                Err(error) => {
-                    tracing::warn!(%error, "the inventory was not published");
-                    inventory = None;
-                    Instant::now() + UNPUBLISHED
-                }
-            };
-        }
-    };
     let kept = Arc::clone(&context);
     let keeper = async move {
         let mut ticks = tokio::time::interval_at(Instant::now() + STORE, STORE);
@@ -244,7 +205,7 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
     tokio::select! {
         // these two end when the agent is told to stop: readers have their answers, and all else goes on meanwhile
         ended = async { tokio::try_join!(images, reconcilers) } => { ended?; }
-        () = inventory => {}
+        () = inventory::follow(&context, &config.system_namespace, notices, looked) => {}
         () = keeper => {}
         () = heartbeat::beat(client, &config.system_namespace, &config.node_name, config.heartbeat_seconds, &health.api) => {
             keep(&context, false).await;
@@ -369,15 +330,6 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Looks again at what libvirt says has changed.
-fn heed(context: &Context, notice: Notice) {
-    match notice {
-        Notice::Domain(uuid) => context.registry.wake_domain(Some(&uuid)),
-        Notice::Everything => context.registry.wake_domain(None),
-        Notice::Disconnected(why) => tracing::warn!(why, "libvirt cannot be reached"),
-    }
-}
-
 /// Thaws the guests that an earlier process may have left frozen: they do not wait for the API server. Once a backup's
 /// object was seen, its reconciler does.
 async fn thaw(context: &Context) {
@@ -386,33 +338,6 @@ async fn thaw(context: &Context) {
         if let Err(error) = backup::reconcile::thaw(&live, context).await {
             tracing::warn!(backup = uid, %error, "a guest may be frozen still");
         }
-    }
-}
-
-/// Publishes what libvirt says; answers when to do so again although libvirt says nothing.
-async fn publish(
-    inventory: &mut Option<Inventory>,
-    context: &Context,
-    namespace: &str,
-) -> Result<Instant, AgentError> {
-    let loaded = match inventory {
-        Some(loaded) if Instant::now() < loaded.due() => loaded,
-        _ => inventory.insert(Inventory::load(context, namespace).await?),
-    };
-    loaded.publish(context).await?;
-    Ok(loaded.due())
-}
-
-/// Publishes what a look at a domain's bitmaps found.
-async fn publish_look(
-    inventory: &mut Option<Inventory>,
-    vm_uuid: &str,
-    context: &Context,
-) -> Result<(), AgentError> {
-    match inventory {
-        Some(loaded) => loaded.publish_look(vm_uuid, context).await,
-        // what is not loaded is published as a whole, and soon
-        None => Ok(()),
     }
 }
 

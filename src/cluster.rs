@@ -379,7 +379,7 @@ where
 
 /// Whether an object is not there, or its kind is not: that answer is no Status, and `Status::is_not_found` of kube 5.0 does
 /// not know it by its code.
-fn is_absent(error: &kube::Error) -> bool {
+pub fn is_absent(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 

@@ -87,7 +87,7 @@ impl AgentError {
         matches!(self, Self::Api(error) if matches!(&**error, kube::Error::Api(status) if status.is_conflict()))
     }
 
-    /// The object is gone.
+    /// The object is gone. Where its kind is, that is tried again: it may come back.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Api(error) if matches!(&**error, kube::Error::Api(status) if status.is_not_found()))
     }

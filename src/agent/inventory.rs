@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::channel::mpsc::UnboundedReceiver;
-use kube::api::{DeleteParams, ListParams, ObjectMeta, PostParams};
+use kube::api::{ListParams, ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
 use tokio::time::Instant;
 
 use super::{AgentError, Context};
 use crate::api::{self, DomainSighting, DomainSightingSpec};
+use crate::cluster;
 use crate::killpoint;
 use crate::libvirt::xml::Domain;
 use crate::libvirt::{Listed, Notice};
@@ -48,6 +49,10 @@ pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
 
 /// For how long what was read is believed: somebody may delete it.
 const BELIEVED: Duration = Duration::from_secs(60);
+
+/// How soon libvirt is looked at once more after it said that something changed. It may say so first and do it then: a VM that
+/// migrated away is listed as off when its last event comes, and is gone from the list without a further one.
+const SETTLES: Duration = Duration::from_secs(1);
 
 /// How soon what could not be published is tried again.
 const UNPUBLISHED: Duration = Duration::from_secs(1);
@@ -93,14 +98,7 @@ impl Inventory {
         let gone: Vec<String> =
             self.written.keys().filter(|uuid| !seen.contains_key(*uuid)).cloned().collect();
         for uuid in gone {
-            let name = api::sighting_name(&context.node, &uuid);
-            match self.api.delete(&name, &DeleteParams::default()).await {
-                Err(kube::Error::Api(status)) if !status.is_not_found() => {
-                    return Err(kube::Error::Api(status).into());
-                }
-                Err(error) if !matches!(error, kube::Error::Api(_)) => return Err(error.into()),
-                _ => {}
-            }
+            cluster::delete(&self.api, &api::sighting_name(&context.node, &uuid), None).await?;
             killpoint::reached(Step::SightingDeleted);
             tracing::info!(domain = uuid, "domain gone");
             self.written.remove(&uuid);
@@ -147,7 +145,7 @@ impl Inventory {
             known.metadata.managed_fields = None;
             match self.api.replace(&known.name_any(), &params, &known).await {
                 Ok(written) => return Ok(written),
-                Err(kube::Error::Api(status)) if status.is_not_found() => {}
+                Err(error) if cluster::is_absent(&error) => {}
                 Err(kube::Error::Api(status)) if status.is_conflict() => {
                     let mut fresh = self.api.get(&name).await?;
                     fresh.spec = spec;
@@ -164,6 +162,34 @@ impl Inventory {
     }
 }
 
+/// When libvirt is looked at again although it says nothing. Pure.
+struct Looks {
+    /// By then in any case.
+    due: Instant,
+    /// When what was heard of last has settled.
+    settles: Option<Instant>,
+}
+
+impl Looks {
+    fn from(due: Instant) -> Self {
+        Self { due, settles: None }
+    }
+
+    fn next(&self) -> Instant {
+        self.settles.map_or(self.due, |settles| settles.min(self.due))
+    }
+
+    /// libvirt spoke: it is looked at now, and once more when that has settled.
+    fn heard(&mut self, now: Instant) {
+        self.settles = Some(now + SETTLES);
+    }
+
+    /// A look has come; whether it is the one that follows a word of libvirt's.
+    fn settled(&mut self, now: Instant) -> bool {
+        self.settles.take_if(|settles| *settles <= now).is_some()
+    }
+}
+
 /// Publishes what libvirt says whenever `notices` say that it changed, and once in a while; and what was found of the bitmaps of
 /// the domains that are `looked` at. Comes back when libvirt is watched no more.
 pub async fn follow(
@@ -172,21 +198,25 @@ pub async fn follow(
     mut notices: UnboundedReceiver<Notice>,
     mut looked: UnboundedReceiver<String>,
 ) {
-    let (mut inventory, mut next) = (None, Instant::now() + BELIEVED);
+    let (mut inventory, mut looks) = (None, Looks::from(Instant::now() + BELIEVED));
     loop {
         let heard = tokio::select! {
-            heard = tokio::time::timeout_at(next, notices.next()) => heard,
+            heard = tokio::time::timeout_at(looks.next(), notices.next()) => heard,
             Some(uuid) = looked.next() => {
                 if let Err(error) = publish_look(&mut inventory, &uuid, context).await {
                     tracing::warn!(%error, "what was seen of a domain's bitmaps was not published");
-                    (inventory, next) = (None, Instant::now() + UNPUBLISHED);
+                    (inventory, looks.due) = (None, Instant::now() + UNPUBLISHED);
                 }
                 continue;
             }
         };
         match heard {
             Ok(None) => return,
-            Ok(Some(notice)) => heed(context, notice),
+            Ok(Some(notice)) => {
+                heed(context, notice);
+                looks.heard(Instant::now());
+            }
+            Err(_) if looks.settled(Instant::now()) => {}
             // the safety net, when libvirt says nothing
             Err(_) if inventory.is_some() => context.registry.wake_domain(None),
             Err(_) => {}
@@ -194,7 +224,7 @@ pub async fn follow(
         while let Ok(more) = notices.try_recv() {
             heed(context, more);
         }
-        next = match publish(&mut inventory, context, namespace).await {
+        looks.due = match publish(&mut inventory, context, namespace).await {
             Ok(due) => due,
             Err(error) => {
                 tracing::warn!(%error, "the inventory was not published");
@@ -249,6 +279,26 @@ mod tests {
     fn seen(from: &str, to: &str) -> Option<DomainSightingSpec> {
         let xml = include_str!("../../tests/golden/domain-live.xml").replace(from, to);
         sighting("node-a", &Listed { state: DomainState::Running, qemu: Some(1), xml, sizes: vec![] })
+    }
+
+    #[test]
+    fn what_libvirt_said_last_is_looked_at_twice() {
+        let start = Instant::now();
+        let mut looks = Looks::from(start + BELIEVED);
+        assert_eq!(looks.next(), start + BELIEVED);
+        looks.heard(start);
+        assert_eq!(looks.next(), start + SETTLES);
+        // while it goes on, each word is looked at as it comes
+        looks.heard(start + SETTLES / 2);
+        assert_eq!(looks.next(), start + SETTLES + SETTLES / 2);
+        assert!(looks.settled(looks.next()));
+        assert_eq!(looks.next(), start + BELIEVED);
+        assert!(!looks.settled(start + BELIEVED));
+        // what could not be published is not put off by it, and is not the second look
+        looks.due = start + UNPUBLISHED;
+        looks.heard(start + UNPUBLISHED / 2);
+        assert_eq!(looks.next(), start + UNPUBLISHED);
+        assert!(!looks.settled(looks.next()));
     }
 
     #[test]

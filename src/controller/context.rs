@@ -63,7 +63,7 @@ impl OperatorError {
         self.status().is_some_and(|status| status.is_conflict())
     }
 
-    /// The object is gone.
+    /// The object is gone. Where its kind is, that is tried again: it may come back.
     pub fn is_not_found(&self) -> bool {
         self.status().is_some_and(|status| status.is_not_found())
     }

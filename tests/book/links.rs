@@ -85,7 +85,7 @@ pub fn missing(repository: &Repository) -> Vec<String> {
 }
 
 /// Whether code type names a file of ours.
-fn is_file(code: &str) -> bool {
+pub fn is_file(code: &str) -> bool {
     let named = Regex::new(r"^[\w.-]+/[\w./{},*-]*$").unwrap().is_match(code);
     let of_folder =
         FOLDERS.iter().any(|folder| code.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/')));

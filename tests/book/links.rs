@@ -40,7 +40,7 @@ fn joined(from: &str, path: &str) -> String {
 
 /// Links that lead nowhere.
 pub fn broken(repository: &Repository) -> Vec<String> {
-    let in_book = repository.page(SUMMARY).map(|summary| of_book(summary)).unwrap_or_default();
+    let in_book = repository.page(SUMMARY).map(of_book).unwrap_or_default();
     let mut found = Vec::new();
     for (from, page) in repository.pages() {
         for (line, link) in &page.links {

@@ -61,8 +61,8 @@ fn every_picture_is_shown_and_says_what_it_shows() {
         loop {
             match reader.read_event() {
                 Ok(quick_xml::events::Event::Start(start)) => {
-                    titled |= start.name().as_ref() == b"title";
-                    assert_ne!(start.name().as_ref(), b"script", "{picture}");
+                    titled |= start.name().0 == "title";
+                    assert_ne!(start.name().0, "script", "{picture}");
                 }
                 Ok(quick_xml::events::Event::Eof) => break,
                 Ok(_) => {}
@@ -115,8 +115,12 @@ fn every_reason_that_asks_for_something_has_its_help() {
     let code = &repository.page(page).unwrap().code;
     let named = |reason: &Reason| code.iter().any(|(_, code)| code == reason.as_str());
     let asks = |reason: &&Reason| !["wait", "nothing to do"].contains(&reason.next_step());
-    let without: Vec<_> =
-        Reason::ALL.iter().filter(asks).filter(|reason| !named(reason)).map(Reason::as_str).collect();
+    let without: Vec<_> = Reason::ALL
+        .iter()
+        .filter(asks)
+        .filter(|reason| !named(reason))
+        .map(|reason| reason.as_str())
+        .collect();
     // these two are how a backup that is well looks
     let without: Vec<_> =
         without.into_iter().filter(|name| !["AwaitingFinalize", "TicketReady"].contains(name)).collect();

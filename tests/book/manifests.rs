@@ -89,15 +89,13 @@ fn unfit(value: &Value, schema: &Value, path: &str, found: &mut Vec<String>) {
             found.push(format!("{path}.{name} is missing"));
         }
     }
+    let is_whole = !path.contains('.');
     for (name, child) in value.as_object().into_iter().flatten() {
         let path = format!("{path}.{name}");
         match schema["properties"].get(name).or(schema.get("additionalProperties")) {
             Some(schema) => unfit(child, schema, &path, found),
             // the API server's own
-            None if ["apiVersion", "kind", "metadata"]
-                .iter()
-                .any(|own| path.ends_with(&format!(".{own}"))) => {}
-            None if path.contains(".metadata.") => {}
+            None if is_whole && ["apiVersion", "kind", "metadata"].contains(&name.as_str()) => {}
             None => found.push(format!("{path} is not known")),
         }
     }

@@ -45,15 +45,15 @@ impl Page {
                 }
                 Event::End(TagEnd::CodeBlock) => page.blocks.extend(block.take()),
                 Event::Text(text) => {
-                    for (_, _, into) in &mut block {
+                    if let Some((_, _, into)) = &mut block {
                         into.push_str(&text);
                     }
-                    for into in &mut heading {
+                    if let Some(into) = &mut heading {
                         into.push_str(&text);
                     }
                 }
                 Event::Code(code) => {
-                    for into in &mut heading {
+                    if let Some(into) = &mut heading {
                         into.push_str(&code);
                     }
                     page.code.push((line, code.into_string()));
@@ -82,7 +82,7 @@ fn what_a_page_has_is_found_with_its_line() {
          ```yaml\na: 1\nb: 2\n```\n",
     );
     assert_eq!(page.links, [(3, "to.md#a".to_owned()), (11, "p.svg".to_owned())]);
-    assert_eq!(page.anchors, ["a-code-its-2", "twice", "twice-1"].map(str::to_owned).into());
+    assert_eq!(page.anchors, BTreeSet::from(["a-code-its-2", "twice", "twice-1"].map(str::to_owned)));
     assert_eq!(page.code, [(1, "code".to_owned()), (3, "named".to_owned())]);
     assert_eq!(page.blocks, [(13, "yaml".to_owned(), "a: 1\nb: 2\n".to_owned())]);
 }

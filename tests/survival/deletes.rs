@@ -214,9 +214,9 @@ fn nothing_is_left(rig: &Rig, uid: &str, kept: usize) -> Result<()> {
     let node = rig.vm.hypervisor();
     let mut last = String::new();
     wait_until(BOUND, "everything of it to go", || {
-        let counts = ["imagetransfers", "secrets", "vmcheckpoints"].map(|kind| rig.list(kind, &of_uid).map(|found| found.len()));
-        let [transfers, secrets, checkpoints] = counts;
-        let (transfers, secrets, checkpoints) = (transfers?, secrets?, checkpoints?);
+        let count = |kind: &str| rig.list(kind, &of_uid).map(|found| found.len());
+        let (transfers, secrets, checkpoints) =
+            (count("imagetransfers")?, count("secrets")?, count("vmcheckpoints")?);
         let bitmaps = rig.bitmaps("vda")?.len();
         let job = node.virsh(&["domjobinfo", NAME])?.contains("None");
         let noted = node.virsh(&["checkpoint-list", "--name", NAME])?;

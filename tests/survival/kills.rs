@@ -179,7 +179,7 @@ pub(super) fn while_killed(
     let failed = match (died, worked) {
         (Ok(()), Ok(())) => return Ok(()),
         (Err(died), Err(worked)) => died.context(format!("{worked:#}")),
-        (died, worked) => died.and(worked).err().context("one of them failed")?,
+        (Err(error), Ok(())) | (Ok(()), Err(error)) => error,
     };
     Err(failed.context(last_words(&rig.bed)))
 }

@@ -49,6 +49,13 @@ impl Daemon {
         self.arguments.get(at + 1).map(String::as_str)
     }
 
+    /// Gives it another value for a flag that it has, from its next start on.
+    pub fn set_argument(&mut self, flag: &str, value: &str) {
+        if let Some(argument) = self.arguments.iter_mut().skip_while(|argument| *argument != flag).nth(1) {
+            value.clone_into(argument);
+        }
+    }
+
     /// Kills it, with SIGKILL, and waits until it is gone.
     pub fn kill(&self) {
         self.process.signal(Signal::KILL);

@@ -48,7 +48,7 @@ const SPARE: u64 = 1 << 30;
 #[command(about = "Measures the data path against its peers")]
 struct Arguments {
     /// Also write the rows to this file, as JSON.
-    #[arg(long)]
+    #[arg(long, overrides_with = "json")]
     json: Option<PathBuf>,
     /// Rounds of each case; the rows show the medians.
     #[arg(long)]

@@ -46,7 +46,7 @@ const CASES: [(&str, Case); 4] = [
 #[command(about = "Measures an incremental backup, and what many VMs cost")]
 struct Arguments {
     /// Also write the rows to this file, as JSON.
-    #[arg(long)]
+    #[arg(long, overrides_with = "json")]
     json: Option<PathBuf>,
     /// Rounds; the rows show the medians.
     #[arg(long, default_value_t = 10)]

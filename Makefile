@@ -5,6 +5,7 @@
 # make soak   random histories of real VMs, N of them: every restore point is compared byte for byte
 # make bench  measure the data path against nbdcopy and the stock ovirt-imageio; docs/benchmarks.md says what the rows mean
 # make bench-incremental  an incremental backup from apply to Succeeded beside virtnbdbackup; what 100 and 1,000 VMs cost
+# make book   the pages of docs/ as a book, in target/book
 # make up     a private cluster and hypervisor, left running for you to try your own YAML; make down ends it
 
 cache := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtmark
@@ -12,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test test-survival test-others e2e soak bench bench-incremental fuzz up down build lint style prerequisites
+.PHONY: demo test test-survival test-others e2e soak bench bench-incremental book fuzz up down build lint style prerequisites
 
 demo: build
 	$(bed) --hypervisors 2 demo
@@ -69,6 +70,16 @@ bench-incremental:
 	cargo build --locked --release --workspace --bins --example incremental
 	$(CARGO_TARGET_DIR)/release/bed run -- \
 	  $(CARGO_TARGET_DIR)/release/examples/incremental --json $(CARGO_TARGET_DIR)/bench-incremental.json $(BENCH)
+
+# mdBook is built once, into the cache. What can be checked of the pages `make test` checks, without it (tests/book)
+mdbook := $(cache)/mdbook-0.5.4
+book: $(mdbook)/bin/mdbook
+	$< build
+
+$(mdbook)/bin/mdbook:
+	CARGO_TARGET_DIR=$(mdbook)/target cargo install mdbook --version 0.5.4 --locked --no-default-features --features search \
+	  --root $(mdbook)
+	rm -r $(mdbook)/target
 
 lint: style
 	cargo run --locked --quiet --bin generate -- --check

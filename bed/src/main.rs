@@ -4,9 +4,11 @@ mod demo;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use rustix::process::{Pid, Signal, kill_process};
 use virtmark_bed::nodes::{self, Cluster, images};
 use virtmark_bed::{
     Bed, Disk, Options, Plan, controlplane, down, guest, helm, hypervisor, kubectl, registry,
@@ -160,21 +162,43 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
 /// Runs a command on the bed in `dir`, then takes it down; answers how the command ended.
 fn within(dir: &Path, kubeconfig: &Path, command: &[String]) -> Result<ExitCode> {
     let (program, rest) = command.split_first().context("no command")?;
-    let status = Command::new(program)
+    let child = Command::new(program)
         .args(rest)
         .env("VIRTMARK_BED", dir)
         .env("KUBECONFIG", kubeconfig)
         .env("PATH", kubectl::search_path()?)
-        .status();
+        .spawn();
+    let status = child.and_then(|mut child| {
+        COMMAND.store(child.id(), Ordering::Relaxed);
+        let status = child.wait();
+        COMMAND.store(0, Ordering::Relaxed);
+        status
+    });
     down(dir);
     let code = status.with_context(|| format!("{program} cannot be run"))?.code();
     Ok(code.and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// The process of the command that runs on the bed; 0 when there is none.
+static COMMAND: AtomicU32 = AtomicU32::new(0);
+
+/// Kills a process and all that come from it.
+fn end_tree(pid: u32) {
+    let Some(process) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
+    // it makes no more of them while they are looked for; what it made is ended before it is forgotten whose they were
+    let _ = kill_process(process, Signal::STOP);
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    children.for_each(|line| line.split_whitespace().filter_map(|pid| pid.parse().ok()).for_each(end_tree));
+    let _ = kill_process(process, Signal::KILL);
 }
 
 /// Ctrl-C and SIGTERM take this process's beds down.
 fn take_down_on_signal() -> Result<()> {
     ctrlc::set_handler(|| {
         eprintln!("taking the bed down");
+        // a test that goes on would start again what is taken down
+        end_tree(COMMAND.load(Ordering::Relaxed));
         let own = registry::mine().unwrap_or_default();
         own.iter().for_each(|dir| down(dir));
         std::process::exit(130);

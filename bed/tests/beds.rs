@@ -1,7 +1,7 @@
 //! Beds of their own: up, down, killed, and never in anybody's way.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -35,30 +35,57 @@ fn nothing_is_left(dir: &Path) {
     assert!(!mounts.contains(&*name), "a mount of {name} is left");
 }
 
+/// Pids of processes that run on the bed in `dir`.
+fn processes_on(dir: &Path) -> Vec<u32> {
+    let on = format!("VIRTMARK_BED={}\0", dir.display());
+    let all = std::fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    all.filter_map(|entry| entry.file_name().to_string_lossy().parse().ok())
+        .filter(|pid: &u32| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            String::from_utf8_lossy(&environment).contains(&on)
+        })
+        .collect()
+}
+
+/// A run of a bed, in a cache of its own, so that no other run's sweep meets it.
+struct Run {
+    cache: tempfile::TempDir,
+    process: Child,
+    dir: PathBuf,
+}
+
+impl Run {
+    /// Runs `script` on a bed.
+    fn of(script: &str) -> Result<Self> {
+        let cache = tempfile::tempdir()?;
+        let built = virtmark_bed::cache::root()?;
+        std::fs::create_dir(cache.path().join("virtmark"))?;
+        for entry in std::fs::read_dir(&built)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("controlplane-") {
+                let link = cache.path().join("virtmark").join(entry.file_name());
+                std::os::unix::fs::symlink(entry.path(), link)?;
+            }
+        }
+        let told = cache.path().join("told");
+        let script = format!("echo $VIRTMARK_BED > {0}.new && mv {0}.new {0} && {script}", told.display());
+        let process = bed()
+            .args(["run", "--", "sh", "-c", &script])
+            .env("XDG_CACHE_HOME", cache.path())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let dir = wait_until(Duration::from_secs(60), "the bed", || {
+            Ok(std::fs::read_to_string(&told).ok().map(|dir| PathBuf::from(dir.trim())))
+        })?;
+        Ok(Self { cache, process, dir })
+    }
+}
+
 #[test]
 fn a_killed_run_is_taken_down_by_the_next() -> Result<()> {
-    // a run of its own that waits for ever, in a cache of its own, so that no other run's sweep meets it
-    let cache = tempfile::tempdir()?;
-    let built = virtmark_bed::cache::root()?;
-    std::fs::create_dir(cache.path().join("virtmark"))?;
-    for entry in std::fs::read_dir(&built)? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("controlplane-") {
-            std::os::unix::fs::symlink(entry.path(), cache.path().join("virtmark").join(entry.file_name()))?;
-        }
-    }
-    let told = cache.path().join("told");
-    let script = format!("echo $VIRTMARK_BED > {0}.new && mv {0}.new {0} && sleep 600", told.display());
-    let mut run = bed()
-        .args(["run", "--", "sh", "-c", &script])
-        .env("XDG_CACHE_HOME", cache.path())
-        .stdout(Stdio::null())
-        .spawn()?;
-    let dir = wait_until(Duration::from_secs(60), "the bed", || {
-        Ok(std::fs::read_to_string(&told).ok().map(|dir| PathBuf::from(dir.trim())))
-    })?;
-    run.kill()?;
-    run.wait()?;
+    let Run { cache, mut process, dir } = Run::of("sleep 600")?;
+    process.kill()?;
+    process.wait()?;
     assert!(
         dir.exists() && !processes_about(&dir.to_string_lossy()).is_empty(),
         "killed, it left all behind"
@@ -68,12 +95,25 @@ fn a_killed_run_is_taken_down_by_the_next() -> Result<()> {
     assert!(next.status.success(), "{}", String::from_utf8_lossy(&next.stderr));
     assert!(String::from_utf8_lossy(&next.stderr).contains("which a run that was killed left"));
     nothing_is_left(&dir);
-    for orphan in processes_about("sleep\u{0}600") {
-        let parent = std::fs::read_to_string(format!("/proc/{orphan}/environ")).unwrap_or_default();
-        if parent.contains(&*dir.to_string_lossy()) {
-            Command::new("kill").arg(&orphan).status()?;
-        }
+    for orphan in processes_on(&dir) {
+        Command::new("kill").arg(orphan.to_string()).status()?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_run_that_is_told_to_stop_ends_its_command_first() -> Result<()> {
+    // what goes on by itself, as a test does that starts daemons again
+    let Run { mut process, dir, cache: _cache } = Run::of("(while :; do sleep 1; done) & wait")?;
+    assert!(processes_on(&dir).len() >= 2, "the command and its child");
+    Command::new("kill").args(["-TERM", &process.id().to_string()]).status()?;
+    assert!(!process.wait()?.success());
+    nothing_is_left(&dir);
+    let left = processes_on(&dir);
+    for orphan in &left {
+        Command::new("kill").args(["-KILL", &orphan.to_string()]).status()?;
+    }
+    assert_eq!(left, Vec::<u32>::new(), "it went on without its bed");
     Ok(())
 }
 

@@ -137,8 +137,9 @@ fn agent_transfers(agent: &str) -> Vec<Value> {
         .variable("node", TOKEN_NODE)
         .variable("owners", OWNERS)
         .require(
-            "variables.owners.size() == 1 && (params.metadata.uid != variables.owners[0].uid \
-             || has(params.status) && has(params.status.nodeName) && params.status.nodeName == variables.node)",
+            // how many owners there are is the other policy's: each refusal has one that says why
+            "variables.owners.size() != 1 || params.metadata.uid != variables.owners[0].uid \
+             || has(params.status) && has(params.status.nodeName) && params.status.nodeName == variables.node",
             "the transfer is not bound to the token's node",
         )
         .build(Some(parameters))

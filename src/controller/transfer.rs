@@ -176,26 +176,30 @@ async fn watch_node(
     Ok(Requeue::requeue(SAFETY_NET))
 }
 
+/// The Secret that may be there of a transfer. The agent wrote its name: only one that it may have made for this very transfer.
+/// One that did not live to write it, and lost all that it knew, made the first. Pure.
+fn secret_of(uid: Option<String>, status: &ImageTransferStatus) -> Option<String> {
+    let ours = format!("ticket-{}-", uid?);
+    let first = || status.node_name.as_ref().map(|_| format!("{ours}1"));
+    status.ticket_secret.clone().or_else(first).filter(|name| name.starts_with(&ours))
+}
+
 /// The ticket's Secret goes when its transfer ended: its URL answers no more.
 async fn delete_secret(
     transfer: &ImageTransfer,
     status: &ImageTransferStatus,
     context: &Context,
 ) -> Result<(), OperatorError> {
-    let (Some(name), Some(uid)) = (&status.ticket_secret, transfer.uid()) else { return Ok(()) };
-    // the agent wrote the name: only one that it may have made for this very transfer is deleted
-    if !name.starts_with(&format!("ticket-{uid}-")) {
-        return Ok(());
-    }
-    if context.secrets_deleted.contains(name) {
+    let Some(name) = secret_of(transfer.uid(), status) else { return Ok(()) };
+    if context.secrets_deleted.contains(&name) {
         return Ok(());
     }
     // by its name alone: the operator reads no Secret, and nobody else's has the transfer's uid in its name
     let secrets =
         Api::<Secret>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
-    cluster::delete(&secrets, name, None).await?;
-    context.secrets_deleted.insert(name);
-    tracing::info!(backup = status.backup_uid, transfer = uid, "ticket Secret deleted");
+    cluster::delete(&secrets, &name, None).await?;
+    context.secrets_deleted.insert(&name);
+    tracing::info!(backup = status.backup_uid, transfer = transfer.uid(), "ticket Secret deleted");
     killpoint::reached(Step::SecretDeleted);
     Ok(())
 }
@@ -223,8 +227,8 @@ async fn part(
     }
     delete_secret(transfer, old, context).await?;
     cluster::release(api, transfer).await?;
-    if let Some(name) = &old.ticket_secret {
-        context.secrets_deleted.remove(name);
+    if let Some(name) = secret_of(transfer.uid(), old) {
+        context.secrets_deleted.remove(&name);
     }
     Ok(Requeue::await_change())
 }
@@ -246,6 +250,17 @@ mod tests {
         serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmBackup",
             "metadata": {"name": "b", "namespace": "vms", "uid": "u"}, "spec": {"vm": "db01"}, "status": status}))
         .unwrap()
+    }
+
+    #[test]
+    fn a_secret_is_its_own_transfers_also_when_nobody_lived_to_tell_its_name() {
+        let of = |status| secret_of(Some("u".to_owned()), &serde_json::from_value(status).unwrap());
+        assert_eq!(of(json!({})), None, "no agent ever knew of it");
+        assert_eq!(of(json!({"nodeName": "node-a"})).as_deref(), Some("ticket-u-1"));
+        let told = |name: &str| of(json!({"nodeName": "node-a", "ticketSecret": name}));
+        assert_eq!(told("ticket-u-2").as_deref(), Some("ticket-u-2"));
+        assert_eq!(told("ticket-v-1"), None, "another's");
+        assert_eq!(told("db-password"), None);
     }
 
     #[test]

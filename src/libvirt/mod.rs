@@ -340,6 +340,18 @@ impl Libvirt {
         }
     }
 
+    /// Whether a checkpoint that libvirt knows is one that it was to know [for a moment](xml::PROBE) only.
+    ///
+    /// # Errors
+    /// libvirt's.
+    pub fn checkpoint_is_probe(&self, uuid: &str, name: &str) -> Result<bool, LibvirtError> {
+        match ffi::checkpoint_xml(&self.domain(uuid)?, name, false) {
+            Ok(xml) => Ok(xml::is_probe(&xml)),
+            Err(error) if error.is_no_checkpoint() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Deletes a checkpoint that libvirt knows, with its bitmaps, those that a killed QEMU left inconsistent too. Bitmaps
     /// that are not there need no deletion; whether they were.
     ///

@@ -1,14 +1,16 @@
 //! Checkpoints as a chain: what is shown of it, what is deleted from it, how many there are.
 
 use std::collections::BTreeSet;
+use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use virtmark::libvirt::xml::{PROBE, checkpoint_xml};
 use virtmark_bed::{Disk, wait_until};
 
 use super::bitmaps::{bitmap, listed};
 use super::chain::{Chain, Point};
-use super::rig::{BOUND, MIB, Rig, merge};
+use super::rig::{BOUND, MIB, Rig, merge, small};
 
 /// An incremental that will not put up with a full disk.
 fn strict(more: Value) -> Value {
@@ -191,4 +193,32 @@ fn no_more_are_kept_than_the_last_backup_wants_and_none_goes_that_one_starts_fro
     rig.host_is_clean()?;
     assert_eq!(rig.bitmaps("vda")?.len(), 3, "two of ours, and the other owner's");
     stands(&rig, &others, "", "Next")
+}
+
+#[test]
+fn what_a_dead_agent_had_libvirt_know_is_forgotten_and_what_others_had_is_not() -> Result<()> {
+    let rig = Rig::running("probed", small())?;
+    let node = rig.vm.hypervisor();
+    let point = Chain::of(&rig, "probed").take("probed-1", json!({}), || Ok(()))?;
+    let bitmap = bitmap(&rig, point.checkpoint())?;
+    node.virsh(&["checkpoint-create-as", "probed", "theirs", "--diskspec", "vda"])?;
+    let probe = rig.files.path().join("probe.xml");
+    fs::write(&probe, checkpoint_xml(&bitmap, &["vda"], Some(PROBE)))?;
+    let forgotten = |state: &str| {
+        wait_until(BOUND, &format!("it to be forgotten, {state}"), || {
+            let known = node.virsh(&["checkpoint-list", "--name", "probed"])?;
+            Ok((known.split_whitespace().collect::<Vec<_>>() == ["theirs"]).then_some(()))
+        })
+    };
+    let left = || node.virsh(&["checkpoint-create", "probed", &probe.to_string_lossy(), "--redefine"]);
+    // an agent looks when a VM's state changes
+    left()?;
+    node.virsh(&["suspend", "probed"])?;
+    node.virsh(&["resume", "probed"])?;
+    forgotten("running")?;
+    left()?;
+    rig.vm.destroy()?;
+    forgotten("off")?;
+    assert_eq!(rig.bitmaps("vda")?, [bitmap], "its bitmap stays");
+    node.virsh(&["checkpoint-delete", "probed", "theirs", "--metadata"]).map(drop)
 }

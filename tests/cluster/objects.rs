@@ -4,19 +4,32 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{Event, Secret};
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Resource};
 use serde_json::{Value, json};
-use virtmark::api::ImageTransfer;
+use virtmark::api::{ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
 use virtmark_bed::Bed;
 use virtmark_bed::component::VM_NAMESPACE;
 
-use super::rig::Ticket;
+use super::Ticket;
 
 /// Longer than a kill of both processes takes to be got over on a loaded machine.
 const BOUND: Duration = Duration::from_secs(90);
+
+/// The kind that kubectl knows by this name, of those that tests wait for.
+pub fn resource(kind: &str) -> Option<ApiResource> {
+    Some(match kind {
+        "vmbackup" | "vmbackups" => ApiResource::erase::<VmBackup>(&()),
+        "vmcheckpoint" | "vmcheckpoints" | "vmcp" => ApiResource::erase::<VmCheckpoint>(&()),
+        "imagetransfer" | "imagetransfers" => ApiResource::erase::<ImageTransfer>(&()),
+        "lvd" => ApiResource::erase::<LibvirtDomain>(&()),
+        "secret" | "secrets" => ApiResource::erase::<Secret>(&()),
+        "events" => ApiResource::erase::<Event>(&()),
+        _ => return None,
+    })
+}
 
 /// The API server, as the administrator.
 pub struct Objects {
@@ -60,15 +73,25 @@ impl Objects {
 
     /// An object, or null.
     pub fn get<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<Value> {
-        let api = self.api::<K>();
+        self.find(&ApiResource::erase::<K>(&()), name)
+    }
+
+    /// An object, or null, of a kind that is named at run time.
+    pub fn find(&self, resource: &ApiResource, name: &str) -> Result<Value> {
+        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
         let found = self.ask(async || api.get_opt(name).await)?;
         Ok(found.map(serde_json::to_value).transpose()?.unwrap_or_default())
     }
 
     /// All objects of a kind.
     pub fn list<K: Resource<DynamicType = ()>>(&self) -> Result<Vec<Value>> {
-        let api = self.api::<K>();
-        let found = self.ask(async || api.list(&ListParams::default()).await)?;
+        self.select(&ApiResource::erase::<K>(&()), "")
+    }
+
+    /// The objects with these labels, of a kind that is named at run time.
+    pub fn select(&self, resource: &ApiResource, labels: &str) -> Result<Vec<Value>> {
+        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
+        let found = self.ask(async || api.list(&ListParams::default().labels(labels)).await)?;
         Ok(found.items.into_iter().map(serde_json::to_value).collect::<Result<_, _>>()?)
     }
 

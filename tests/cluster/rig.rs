@@ -1,5 +1,9 @@
 //! What the tests share: a VM and its backups, by names of their own, removed when the test ends.
 
+#[path = "objects.rs"]
+#[allow(dead_code, reason = "tests of many VMs at once use the rest")]
+pub mod objects;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +14,8 @@ use serde_json::{Value, json};
 use virtmark_bed::component::VM_NAMESPACE;
 use virtmark_bed::{Bed, Disk, Plan, Vm, wait_until};
 
+use objects::Objects;
+
 pub const MIB: u64 = 1 << 20;
 
 /// Long enough for a loaded machine, short enough to end.
@@ -19,6 +25,7 @@ pub const BOUND: Duration = Duration::from_secs(60);
 pub struct Rig {
     pub bed: Bed,
     pub vm: Vm,
+    objects: Objects,
     made: std::cell::RefCell<Vec<(&'static str, String)>>,
     pub files: tempfile::TempDir,
 }
@@ -54,7 +61,8 @@ impl Rig {
 
     /// A VM that was made already.
     pub fn of(bed: Bed, vm: Vm) -> Result<Self> {
-        let rig = Self { bed, vm, made: std::cell::RefCell::default(), files: tempfile::tempdir()? };
+        let objects = Objects::of(&bed)?.patient(Duration::from_secs(2));
+        let rig = Self { bed, vm, objects, made: std::cell::RefCell::default(), files: tempfile::tempdir()? };
         rig.published(if rig.vm.state()? == "running" { "Running" } else { "Off" })?;
         Ok(rig)
     }
@@ -71,10 +79,21 @@ impl Rig {
         self.bed.kubectl().run(&[&["-n", VM_NAMESPACE], arguments].concat())
     }
 
-    /// An object, or null.
+    /// An object, or null. A test that waits asks forty times a second: a kubectl each time would be most of what it costs.
     pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
+        if let Some(resource) = objects::resource(kind)
+            && let Ok(found) = self.objects.find(&resource, name)
+        {
+            return Ok(found);
+        }
         let text = self.kubectl(&["get", kind, name, "--ignore-not-found", "-o", "json"])?;
         if text.trim().is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(&text)?) }
+    }
+
+    /// The objects of a kind, with these labels.
+    pub fn list(&self, kind: &str, labels: &str) -> Result<Vec<Value>> {
+        let resource = objects::resource(kind).with_context(|| format!("{kind} is not known here"))?;
+        self.objects.select(&resource, labels)
     }
 
     /// Makes a VmBackup of the VM; `spec` adds to, or overrides, the name of the VM.
@@ -227,11 +246,9 @@ impl Rig {
 
     /// The reasons of the Events about an object.
     pub fn events(&self, name: &str) -> Result<Vec<String>> {
-        let list = ["get", "events", "-o", "json", "--field-selector"];
-        let about = format!("involvedObject.name={name}");
-        let found: Value = serde_json::from_str(&self.kubectl(&[list.as_slice(), &[&about]].concat())?)?;
-        let items = found["items"].as_array().cloned().unwrap_or_default();
-        Ok(items.iter().filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect())
+        let about =
+            self.list("events", "")?.into_iter().filter(|event| event["involvedObject"]["name"] == name);
+        Ok(about.filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect())
     }
 
     /// Deletes the objects that the test made so far; what it deleted itself is gone already.

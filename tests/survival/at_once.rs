@@ -91,8 +91,7 @@ fn in_turn(rig: &Rig, names: &[String]) -> Result<usize> {
     let (mut finalized, mut waited) = (BTreeSet::new(), BTreeSet::new());
     let mut uids = BTreeMap::new();
     wait_until(BOUND, "all to succeed in turn", || {
-        let list: Value = serde_json::from_str(&rig.kubectl(&["get", "vmbackups", "-o", "json"])?)?;
-        let items = list["items"].as_array().cloned().unwrap_or_default();
+        let items = rig.list("vmbackups", "")?;
         let ours: BTreeMap<&str, &Value> = items
             .iter()
             .filter_map(|item| Some((item["metadata"]["name"].as_str()?, item)))

@@ -211,16 +211,12 @@ fn collect(rig: &Rig, uid: &str) -> Result<()> {
 /// Nothing of the backup `uid` is on the host or in the API, but for a checkpoint that it was for.
 fn nothing_is_left(rig: &Rig, uid: &str, kept: usize) -> Result<()> {
     let of_uid = format!("virtmark.dev/backup-uid={uid}");
-    let list = |kind: &str| -> Result<Vec<Value>> {
-        let found: Value = serde_json::from_str(&rig.kubectl(&["get", kind, "-l", &of_uid, "-o", "json"])?)?;
-        Ok(found["items"].as_array().cloned().unwrap_or_default())
-    };
     let node = rig.vm.hypervisor();
     let mut last = String::new();
     wait_until(BOUND, "everything of it to go", || {
-        let counts = ["imagetransfers", "secrets", "vmcheckpoints"].map(|kind| list(kind).map(|found| found.len()));
-        let [transfers, secrets, checkpoints] = counts;
-        let (transfers, secrets, checkpoints) = (transfers?, secrets?, checkpoints?);
+        let count = |kind: &str| rig.list(kind, &of_uid).map(|found| found.len());
+        let (transfers, secrets, checkpoints) =
+            (count("imagetransfers")?, count("secrets")?, count("vmcheckpoints")?);
         let bitmaps = rig.bitmaps("vda")?.len();
         let job = node.virsh(&["domjobinfo", NAME])?.contains("None");
         let noted = node.virsh(&["checkpoint-list", "--name", NAME])?;
@@ -233,7 +229,7 @@ fn nothing_is_left(rig: &Rig, uid: &str, kept: usize) -> Result<()> {
         Ok((transfers == 0 && secrets == 0 && checkpoints == kept && bitmaps == kept && clean).then_some(()))
     })
     .with_context(|| last.clone())?;
-    for checkpoint in list("vmcheckpoints")? {
+    for checkpoint in rig.list("vmcheckpoints", &of_uid)? {
         let name = checkpoint["metadata"]["name"].as_str().unwrap_or_default();
         rig.kubectl(&["delete", "vmcheckpoint", name, "--timeout=30s"])?;
         ensure!(rig.bitmaps("vda")?.is_empty(), "a deleted checkpoint's bitmap is left");

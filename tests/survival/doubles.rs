@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use virtmark::killpoint::VARIABLE;
 use virtmark_bed::component;
 use virtmark_bed::daemon::Daemon;
 use virtmark_bed::{Disk, wait_until};
@@ -132,9 +133,12 @@ fn a_backup_whose_record_and_job_are_lost_is_not_begun_again() -> Result<()> {
     let _alone = super::alone();
     let mut rig = Rig::running_on(1, "forgotten", [Disk::qcow2("vda", 8 * MIB)])?;
     let history = History::watch(&rig.bed)?;
+    // the Secret is made then, and its name told to nobody
+    rig.bed.agents[1].restart(&[(VARIABLE, "SecretMade:0")])?;
     rig.backup("forgotten-1", json!({"quiesce": {"mode": "None"}}))?;
     rig.phase("vmbackup", "forgotten-1", "Ready")?;
-    rig.bed.agents[1].kill();
+    wait_until(BOUND, "the agent to die", || Ok((!rig.bed.agents[1].process.is_alive()).then_some(())))?;
+    ensure!(rig.list("secrets", "")?.len() == 1, "the Secret is made");
     rig.vm.destroy()?;
     std::fs::remove_dir_all(rig.vm.hypervisor().dir.join("agent/state/backups"))?;
     rig.vm.start()?;
@@ -142,7 +146,9 @@ fn a_backup_whose_record_and_job_are_lost_is_not_begun_again() -> Result<()> {
     rig.bed.store()?;
     let message = rig.reason("vmbackup", "forgotten-1", "HypervisorError")?;
     ensure!(message.contains("record"), "{message}");
-    wait_until(BOUND, "the bitmap to go", || Ok(rig.bitmaps("vda")?.is_empty().then_some(())))?;
+    wait_until(BOUND, "the bitmap, and the Secret, to go", || {
+        Ok((rig.bitmaps("vda")?.is_empty() && rig.list("secrets", "")?.is_empty()).then_some(()))
+    })?;
     rig.host_is_clean()?;
     println!("{} versions, none went back", history.check()?);
     Ok(())

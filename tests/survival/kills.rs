@@ -179,7 +179,7 @@ pub(super) fn while_killed(
     let failed = match (died, worked) {
         (Ok(()), Ok(())) => return Ok(()),
         (Err(died), Err(worked)) => died.context(format!("{worked:#}")),
-        (died, worked) => died.and(worked).err().context("one of them failed")?,
+        (Err(error), Ok(())) | (Ok(()), Err(error)) => error,
     };
     Err(failed.context(last_words(&rig.bed)))
 }
@@ -267,18 +267,14 @@ fn live(rig: &Rig, name: &str, base: Option<&str>, way: Way, quiesce: &str) -> R
 
 /// Nothing is left but what the backup was for.
 fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
-    let named = |list: Value| -> Vec<Value> {
-        let items = list["items"].as_array().cloned().unwrap_or_default();
+    let named = |items: Vec<Value>| -> Vec<Value> {
         let starts = |item: &Value| item["metadata"]["name"].as_str().unwrap_or_default().starts_with(name);
         items.into_iter().filter(starts).collect()
     };
-    let list = |kind: &str| -> Result<Value> {
-        Ok(serde_json::from_str(&rig.kubectl(&["get", kind, "-o", "json"])?)?)
-    };
     let mut seen = String::new();
     wait_until(BOUND, "the host to be clean, the Secrets gone, the checkpoint settled", || {
-        let secrets = list("secrets")?["items"].as_array().map_or(0, Vec::len);
-        let checkpoints = named(list("vmcheckpoints")?);
+        let secrets = rig.list("secrets", "")?.len();
+        let checkpoints = named(rig.list("vmcheckpoints", "")?);
         let usable = checkpoints.iter().all(|checkpoint| {
             let conditions = checkpoint["status"]["conditions"].as_array().cloned().unwrap_or_default();
             conditions.iter().any(|c| c["type"] == "Usable" && c["status"] == "True")
@@ -296,10 +292,10 @@ fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
         ensure!(bitmaps.len() == kept + usize::from(way.finalizes()), "bitmaps are left: {bitmaps:?}");
     }
     if way.finalizes() {
-        for transfer in named(list("imagetransfers")?) {
+        for transfer in named(rig.list("imagetransfers", "")?) {
             ensure!(transfer["status"]["phase"] == "Succeeded", "{transfer}");
         }
-        for checkpoint in named(list("vmcheckpoints")?) {
+        for checkpoint in named(rig.list("vmcheckpoints", "")?) {
             let name = checkpoint["metadata"]["name"].as_str().unwrap_or_default();
             rig.kubectl(&["delete", "vmcheckpoint", name, "--timeout=30s"])?;
         }

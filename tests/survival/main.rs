@@ -18,9 +18,6 @@ mod incremental;
 mod kills;
 mod namespace;
 mod nodes;
-#[path = "../cluster/objects.rs"]
-#[allow(dead_code, reason = "the truth tests use the rest")]
-mod objects;
 mod outages;
 #[path = "../metrics/prometheus.rs"]
 #[allow(dead_code, reason = "the metrics tests use the rest")]

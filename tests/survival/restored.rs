@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use virtmark_bed::component::SYSTEM_NAMESPACE;
 use virtmark_bed::daemon::Daemon;
 use virtmark_bed::{Disk, wait_until};
 
@@ -93,6 +94,22 @@ fn chains_go_on_after_etcd_was_restored_from_a_copy() -> Result<()> {
     let lost = saved(&rig, fourth.checkpoint())?;
     rig.kubectl(&["delete", "vmcheckpoint", first.checkpoint(), "--timeout=60s"])?;
     assert_eq!(held(&rig)?, sorted([&two, &three, &four]));
+
+    // an agent that saw nothing newer than the copy has nothing to forget
+    let renewed = || {
+        let leases =
+            ["get", "leases", "virtmark-agent-node-a", "virtmark-agent-node-b", "-n", SYSTEM_NAMESPACE];
+        let times = [&leases[..], &["-o", "jsonpath={.items[*].spec.renewTime}"]].concat();
+        rig.bed
+            .kubectl()
+            .run(&times)
+            .map(|times| times.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    };
+    let then = renewed()?;
+    wait_until(Duration::from_secs(60), "the agents to see that", || {
+        let now = renewed()?;
+        Ok((now.len() == 2 && now.iter().zip(&then).all(|(now, then)| now != then)).then_some(()))
+    })?;
 
     let before = begun(&rig.bed.operator);
     rig.bed.plane.put_back(&copy)?;

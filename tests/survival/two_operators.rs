@@ -207,14 +207,15 @@ fn left(rig: &Rig, name: &str, uids: &[String], before: usize) -> Result<()> {
     let backup = rig.get("vmbackup", name)?;
     let succeeded = backup["status"]["phase"] == "Succeeded";
     let named = |kind: &str| -> Result<Vec<String>> {
-        let names = rig.kubectl(&["get", kind, "-o", "jsonpath={.items[*].metadata.name}"])?;
         let about = format!("{name}-");
-        Ok(names.split_whitespace().filter(|found| found.starts_with(&about)).map(str::to_owned).collect())
+        let names = rig.list(kind, "")?.into_iter();
+        let names = names.filter_map(|found| found["metadata"]["name"].as_str().map(str::to_owned));
+        Ok(names.filter(|found| found.starts_with(&about)).collect())
     };
     wait_until(BOUND, "everything to be settled", || {
         let (checkpoints, transfers) = (named("vmcheckpoints")?, named("imagetransfers")?);
         let bitmaps = rig.bitmaps("vda")?.len();
-        let secrets = rig.kubectl(&["get", "secrets", "-o", "name"])?;
+        let secrets = rig.list("secrets", "")?;
         let expected = usize::from(succeeded);
         // a cancelled one's transfers stay with it
         let ended = transfers.is_empty() || (!backup.is_null() && transfers.len() <= 2);
@@ -222,7 +223,7 @@ fn left(rig: &Rig, name: &str, uids: &[String], before: usize) -> Result<()> {
             && bitmaps == expected
             && (!succeeded || transfers.len() == 2)
             && ended
-            && secrets.trim().is_empty())
+            && secrets.is_empty())
         .then_some(()))
     })
     .with_context(|| {

@@ -15,9 +15,6 @@ mod backup;
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod chain;
 mod history;
-#[path = "../cluster/objects.rs"]
-#[allow(dead_code, reason = "the survival tests use the rest")]
-mod objects;
 #[path = "../cluster/rig.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod rig;

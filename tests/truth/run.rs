@@ -15,8 +15,7 @@ use virtmark_bed::{Bed, Disk, Plan, Vm};
 
 use super::chain::Zeroes;
 use super::history::{DiskPlan, History, MOST_DISKS, Step, Who};
-use super::objects::Objects;
-use super::rig::host_is_clean;
+use super::rig::{host_is_clean, objects::Objects};
 use super::tally::Tally;
 
 pub(super) const TARGETS: [&str; MOST_DISKS] = ["vda", "vdb", "vdc"];

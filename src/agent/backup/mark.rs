@@ -82,7 +82,7 @@ impl Host {
 
     /// Whether the image of a disk has this mark.
     fn has_mark(&self, vm_uuid: &str, target: &str, mark: &str) -> Result<bool, HostError> {
-        let xml = xml::checkpoint_xml(mark, &[target], Some(1));
+        let xml = xml::checkpoint_xml(mark, &[target], Some(xml::PROBE));
         match self.libvirt.checkpoint_redefine(vm_uuid, &xml, true) {
             Ok(()) => self.libvirt.checkpoint_forget(vm_uuid, mark)?,
             Err(error) if error.is_inconsistent() => return Ok(false),
@@ -119,7 +119,7 @@ impl Host {
     /// one is no matter of the others. Whether it was there.
     fn delete_bitmap(&self, vm_uuid: &str, target: &str, bitmap: &str) -> Result<bool, HostError> {
         self.libvirt.checkpoint_forget(vm_uuid, bitmap)?;
-        let xml = xml::checkpoint_xml(bitmap, &[target], Some(1));
+        let xml = xml::checkpoint_xml(bitmap, &[target], Some(xml::PROBE));
         match self.libvirt.checkpoint_redefine(vm_uuid, &xml, false) {
             Ok(()) => {
                 let found = self.libvirt.checkpoint_delete(vm_uuid, bitmap)?;

@@ -81,7 +81,12 @@ pub fn look(host: &Host, question: &Question, stop: &dyn Fn() -> bool) -> Result
             found.put(&bitmap.name, sighted(target, health, granularity, None, message));
         }
     }
-    let noted = host.libvirt.checkpoint_names(uuid)?;
+    let mut noted = host.libvirt.checkpoint_names(uuid)?;
+    // known before that is asked: what a backup notes once it has its claim is not among them
+    if stop() {
+        return Ok(None);
+    }
+    forget_left(host, question, &mut noted)?;
     for name in &noted {
         let known = host.libvirt.checkpoint_disks(uuid, name, false)?.unwrap_or_default();
         for NotedDisk { target, .. } in known.into_iter().filter(|disk| is_disk(&images, &disk.target)) {
@@ -94,7 +99,7 @@ pub fn look(host: &Host, question: &Question, stop: &dyn Fn() -> bool) -> Result
         if stop() {
             return Ok(None);
         }
-        let is_noted = noted.contains(&wanted.name) && !wanted.name.starts_with(&question.prefix);
+        let is_noted = noted.contains(&wanted.name);
         let targets: Vec<_> =
             wanted.targets.iter().map(String::as_str).filter(|target| is_disk(&images, target)).collect();
         let asked = match (active, is_noted) {
@@ -115,6 +120,32 @@ pub fn look(host: &Host, question: &Question, stop: &dyn Fn() -> bool) -> Result
         return Ok(None);
     }
     Ok(Some(Answer { found, active, headers }))
+}
+
+/// Has libvirt forget what an agent left that died in the middle of a look, or of a backup that is no more: a VM with a
+/// checkpoint that libvirt knows can neither migrate nor be undefined. While no backup has its claim, none of ours is to be known.
+fn forget_left(host: &Host, question: &Question, noted: &mut Vec<String>) -> Result<(), HostError> {
+    let (left, others): (Vec<_>, Vec<_>) =
+        std::mem::take(noted).into_iter().partition(|name| name.starts_with(&question.prefix));
+    *noted = others;
+    for name in left {
+        tracing::info!(
+            domain = question.vm_uuid,
+            checkpoint = name,
+            "a note of libvirt's that was left is dropped"
+        );
+        host.libvirt.checkpoint_forget(&question.vm_uuid, &name)?;
+    }
+    // one of another's name that was being looked at
+    for wanted in question.wanted.iter().filter(|wanted| !wanted.name.starts_with(&question.prefix)) {
+        if noted.contains(&wanted.name)
+            && host.libvirt.checkpoint_is_probe(&question.vm_uuid, &wanted.name)?
+        {
+            host.libvirt.checkpoint_forget(&question.vm_uuid, &wanted.name)?;
+            noted.retain(|name| *name != wanted.name);
+        }
+    }
+    Ok(())
 }
 
 fn is_disk(images: &[(String, PathBuf)], target: &str) -> bool {
@@ -191,10 +222,8 @@ fn probe(
     name: &str,
     targets: &[&str],
 ) -> Result<Vec<SightedBitmap>, HostError> {
-    // an agent that died in the middle may have left it
-    host.libvirt.checkpoint_forget(uuid, name)?;
     let ask = |targets: &[&str]| -> Result<Vec<SightedBitmap>, LibvirtError> {
-        let xml = xml::checkpoint_xml(name, targets, Some(1));
+        let xml = xml::checkpoint_xml(name, targets, Some(xml::PROBE));
         host.libvirt.checkpoint_redefine(uuid, &xml, true)?;
         // sizes that cannot be merged, below a snapshot, say, are no word about the bitmap
         let counted = host.libvirt.checkpoint_disks(uuid, name, true);

@@ -101,7 +101,11 @@ pub fn mode(backup: &VmBackup, disk: &DomainDisk, base: Option<&VmCheckpoint>) -
         // a disk that never could is no surprise
         return Ok(Mode::full(Some(FullReason::CannotKeepBitmap)));
     }
-    let Some(base) = base else { return Ok(Mode::full(Some(FullReason::NoBase))) };
+    let Some(base) = base else {
+        let named = backup.spec.from_checkpoint.as_ref();
+        let message = named.map(|name| format!("VmCheckpoint {name} is not usable: its conditions say why"));
+        return Ok(Mode { message, ..Mode::full(Some(FullReason::NoBase)) });
+    };
     let Some(why) = why_full(disk, base) else {
         return Ok(Mode { mode: DiskMode::Incremental, ..Mode::full(None) });
     };

@@ -335,6 +335,14 @@ pub fn checkpoint_xml(name: &str, disks: &[&str], created: Option<i64>) -> Strin
     xml + "</disks></domaincheckpoint>"
 }
 
+/// When a checkpoint was made, says one that libvirt is to know for a moment only: no other was made in the first second of 1970.
+pub const PROBE: i64 = 1;
+
+/// Whether libvirt was to know a checkpoint for a moment only, by its XML.
+pub fn is_probe(xml: &str) -> bool {
+    quick_xml::de::from_str::<Noted>(xml).is_ok_and(|noted| noted.created == Some(PROBE))
+}
+
 /// One disk of a checkpoint that libvirt knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotedDisk {
@@ -346,6 +354,8 @@ pub struct NotedDisk {
 
 #[derive(Debug, Deserialize)]
 struct Noted {
+    #[serde(rename = "creationTime", default)]
+    created: Option<i64>,
     #[serde(default)]
     disks: NotedDisks,
 }

@@ -133,5 +133,7 @@ fn the_disks_of_a_checkpoint_are_read_with_their_dirty_bytes() {
     let disk = |target: &str, dirty| NotedDisk { target: target.to_owned(), dirty };
     assert_eq!(noted_disks(xml), [disk("vda", Some(1_048_576)), disk("vdb", None)]);
     assert_eq!(noted_disks("<domaincheckpoint/>"), []);
+    assert!(is_probe(xml) && is_probe(&checkpoint_xml("a", &["vda"], Some(PROBE))));
+    assert!(!is_probe(&xml.replace(">1<", ">1764500000<")) && !is_probe("<domaincheckpoint/>"));
     assert_eq!(noted_disks("no xml"), []);
 }

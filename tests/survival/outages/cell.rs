@@ -15,8 +15,7 @@ use virtmark_bed::guest;
 use virtmark_bed::ledger::Process;
 use virtmark_bed::{Bed, Disk, Plan, Vm, compare};
 
-use super::super::objects::Objects;
-use super::super::rig::{MIB, Ticket};
+use super::super::rig::{MIB, Ticket, objects::Objects};
 
 /// Long enough for a loaded machine, and for the pauses of those that try again.
 pub(super) const BOUND: Duration = Duration::from_secs(90);

@@ -18,7 +18,7 @@ use virtmark::outage::{Moment, Outage};
 use virtmark_bed::{Bed, guest, wait_until};
 
 use self::cell::Cell;
-use super::objects::Objects;
+use super::rig::objects::Objects;
 
 /// How long an API server that has just been away may take.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -3,9 +3,10 @@
 //! ```text
 //!  floor 4  assemblies   controller             agent
 //!  floor 3  ports        cluster clock killpoint metrics probe telemetry    nbd::client  imageio::serve  libvirt
-//!  floor 2  decisions    controller::{chain,health,import,*::{resolve,desired,status}}
-//!                        agent::backup::{life,decide,scratch,status}  imageio::{ticket,coverage,route}
-//!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml
+//!  floor 2  decisions    controller::{chain,health,import,certificates::{decide,authorities},*::{resolve,desired,status}}
+//!                        agent::backup::{life,decide,scratch,status}  agent::certificate::renewal
+//!                        imageio::{ticket,coverage,route}
+//!  floor 1  formats      api   nbd::{proto,handshake,transmission}   imageio::wire   libvirt::xml   x509
 //!  floor 0  vocabulary   extent   reason   step   outage   metrics::metric
 //! ```
 //!
@@ -32,3 +33,4 @@ pub mod reason;
 pub mod step;
 pub mod tables;
 pub mod telemetry;
+pub mod x509;

@@ -47,7 +47,7 @@ macro_rules! replayed {
 
 replayed! {
     nbd_handshake nbd_transmission nbd_block_status http_parsers http libvirt_xml names coverage_codec
-    state_record state_dir
+    state_record state_dir certificate_request
 }
 
 #[test]

@@ -26,6 +26,7 @@ const NEVER: &[(&str, &[&str])] = &[
             "std::fs",
         ],
     ),
+    ("x509", X509),
     ("killpoint.rs", &["crate::agent", "crate::controller", "tokio", "kube"]),
     (
         "api",
@@ -58,6 +59,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ("agent/backup/scratch.rs", DECISION),
     ("agent/backup/status.rs", DECISION),
     ("agent/transfer/status.rs", DECISION),
+    ("agent/certificate/renewal.rs", ADDRESSES),
     ("agent/metrics.rs", DECISION),
     ("agent/survey/report.rs", DECISION),
     ("agent", &["crate::controller"]),
@@ -65,6 +67,8 @@ const NEVER: &[(&str, &[&str])] = &[
     ("controller/health.rs", DECISION),
     ("controller/metrics.rs", DECISION),
     ("controller/import.rs", DECISION),
+    ("controller/certificates/decide", ADDRESSES),
+    ("controller/certificates/authorities.rs", ADDRESSES),
     ("controller/backup/base.rs", DECISION),
     ("controller/backup/resolve", DECISION),
     ("controller/backup/desired.rs", DECISION),
@@ -96,6 +100,36 @@ const DECISION: &[&str] = &[
     "crate::clock",
     "std::fs",
     "std::net",
+    "std::process",
+    "SystemTime",
+    "rand::",
+];
+
+/// Certificates: text in, text out. An address is a value in them.
+const X509: &[&str] = &[
+    "crate::agent",
+    "crate::controller",
+    "crate::api",
+    "crate::cluster",
+    "crate::clock",
+    "crate::imageio",
+    "tokio",
+    "kube",
+    "std::fs",
+    "std::process",
+    "SystemTime",
+];
+
+/// Decisions about addresses.
+const ADDRESSES: &[&str] = &[
+    "tokio",
+    "hyper",
+    "kube::Client",
+    "kube::Api",
+    "crate::cluster",
+    "crate::clock",
+    "std::fs",
+    "TcpStream",
     "std::process",
     "SystemTime",
     "rand::",

@@ -18,6 +18,13 @@ pub const VM_NAMESPACE: &str = "vms";
 /// The capabilities that an agent has, as the chart gives them to its pod: it gives files away, and reaches QEMU's.
 pub const AGENT_CAPABILITIES: [&str; 2] = ["CHOWN", "DAC_OVERRIDE"];
 
+/// The address that all agents of a bed tell clients: the stock client then takes HTTPS and not the unix socket. It is in their
+/// Nodes, too.
+pub const ADVERTISED: &str = "127.0.0.2";
+
+/// The node whose agent has its certificate signed by the operator; the others make their own.
+pub const SIGNED_NODE: &str = "node-b";
+
 /// The folder with the built binaries: `VIRTMARK_BIN_DIR`, or where this executable is.
 ///
 /// # Errors
@@ -53,12 +60,13 @@ pub fn operator(dir: &Path, plane: &ControlPlane, name: &str) -> Result<Daemon> 
         name,
         "--lease-seconds",
         "5",
+        "--sign-certificates",
     ];
     Daemon::start(name, &binary_dir()?.join("operator"), arguments.map(str::to_owned).to_vec(), dir)
 }
 
 /// Starts the agent of a hypervisor, with no more privilege than its pod has. Its token is bound to the Node object. It listens on 127.0.0.1 and
-/// 127.0.0.2, and tells clients the latter: the stock client then takes HTTPS and not the unix socket.
+/// on [`ADVERTISED`], and tells clients the latter.
 ///
 /// # Errors
 /// When its token cannot be made, or it does not start.
@@ -76,8 +84,9 @@ pub fn agent(dir: &Path, plane: &ControlPlane, hypervisor: &Hypervisor) -> Resul
         ("--run-dir", path("run")),
         ("--system-namespace", SYSTEM_NAMESPACE.to_owned()),
         ("--listen", format!("127.0.0.1:{port}")),
-        ("--listen", format!("127.0.0.2:{port}")),
-        ("--advertise", format!("127.0.0.2:{port}")),
+        ("--listen", format!("{ADVERTISED}:{port}")),
+        ("--advertise", format!("{ADVERTISED}:{port}")),
+        ("--certificate-from", if node == SIGNED_NODE { "signer" } else { "self" }.to_owned()),
         ("--health-listen", format!("127.0.0.1:{health}")),
         ("--heartbeat-seconds", "2".to_owned()),
         ("--look-seconds", "10".to_owned()),

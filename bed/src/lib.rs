@@ -223,7 +223,11 @@ fn install(plane: &ControlPlane, hypervisors: &[Hypervisor], repository: &Path) 
         objects += &format!("---\n{{apiVersion: v1, kind: Namespace, metadata: {{name: {namespace}}}}}\n");
     }
     for hypervisor in hypervisors {
-        objects += &format!("---\n{{apiVersion: v1, kind: Node, metadata: {{name: {}}}}}\n", hypervisor.name);
+        let address = format!("{{type: InternalIP, address: {}}}", component::ADVERTISED);
+        objects += &format!(
+            "---\n{{apiVersion: v1, kind: Node, metadata: {{name: {}}}, status: {{addresses: [{address}]}}}}\n",
+            hypervisor.name
+        );
     }
     kubectl.apply(&objects)?;
     let folder = |name: &str| repository.join(name).to_string_lossy().into_owned();

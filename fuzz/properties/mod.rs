@@ -1,6 +1,7 @@
 //! What must hold of every input, hostile or not: one file a target. `fuzz/src/main.rs` looks for inputs that
 //! break it, `tests/corpora.rs` tries the kept ones again. Nothing here knows libFuzzer.
 
+mod certificate_request;
 mod coverage_codec;
 mod http;
 mod http_parsers;
@@ -37,6 +38,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "names", check: names::check, longest: 512, memory: 4 },
     Target { name: "coverage_codec", check: coverage_codec::check, longest: 512, memory: 3 },
     Target { name: "state_record", check: state_record::check, longest: 1024, memory: 1 },
+    Target { name: "certificate_request", check: certificate_request::check, longest: 2048, memory: 1 },
     Target { name: "state_dir", check: state_dir::check, longest: 64, memory: 4 },
 ];
 

@@ -25,6 +25,11 @@ pub fn manifests(namespace: &str) -> Vec<(&'static str, Vec<Value>)> {
     ]
 }
 
+/// The user that all agents are, for those in `namespace`.
+pub fn agent_user(namespace: &str) -> String {
+    user(namespace, AGENT_ACCOUNT)
+}
+
 /// The name by which the API server knows a ServiceAccount.
 fn user(namespace: &str, account: &str) -> String {
     format!("system:serviceaccount:{namespace}:{account}")

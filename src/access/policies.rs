@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{AGENT_ACCOUNT, OPERATOR_ACCOUNT, user};
-use crate::api::{self, GROUP, LABEL_BACKUP, TICKET_SECRET_TYPE};
+use crate::api::{self, AUTHORITY, GROUP, LABEL_BACKUP, SIGNER, TICKET_SECRET_TYPE};
 
 /// The node that a token is bound to (`kubectl create token --bound-object-kind=Node`, and every pod's token);
 /// empty when it is bound to none.
@@ -20,7 +20,9 @@ pub fn all(namespace: &str) -> Vec<Value> {
         agent_heartbeat(&agent),
         agent_tickets(&agent),
         agent_transfers(&agent),
+        agent_requests(&agent),
         operator_secrets(&operator),
+        operator_authority(&operator, namespace),
         backups(),
         imports(&operator),
     ]
@@ -143,6 +145,24 @@ fn agent_transfers(agent: &str) -> Vec<Value> {
         .build(Some(parameters))
 }
 
+/// An agent asks for certificates of our signer only. Whether it may have what it asks for the operator decides.
+fn agent_requests(agent: &str) -> Vec<Value> {
+    Policy::new(
+        "virtmark-agent-requests",
+        "certificates.k8s.io",
+        &["certificatesigningrequests"],
+        &["CREATE"],
+    )
+    .only_for(agent)
+    .variable("node", TOKEN_NODE)
+    .require("variables.node != ''", "the token is not bound to a node")
+    .require(
+        &format!("object.spec.signerName == '{SIGNER}'"),
+        &format!("an agent asks for certificates of {SIGNER} only"),
+    )
+    .build(None)
+}
+
 /// The operator deletes the Secrets of tickets, and no other.
 fn operator_secrets(operator: &str) -> Vec<Value> {
     Policy::new("virtmark-operator-secrets", "", &["secrets"], &["DELETE"])
@@ -150,6 +170,20 @@ fn operator_secrets(operator: &str) -> Vec<Value> {
         .require(
             &format!("has(oldObject.type) && oldObject.type == '{TICKET_SECRET_TYPE}'"),
             "the operator deletes Secrets of tickets only",
+        )
+        .build(None)
+}
+
+/// It creates one Secret of another kind: its CA's. Any other type might be given a token of somebody else's.
+fn operator_authority(operator: &str, namespace: &str) -> Vec<Value> {
+    Policy::new("virtmark-operator-ca", "", &["secrets"], &["CREATE"])
+        .only_for(operator)
+        .require(
+            &format!(
+                "has(object.type) && object.type == 'kubernetes.io/tls' && object.metadata.name == '{AUTHORITY}' \
+                 && object.metadata.namespace == '{namespace}'"
+            ),
+            "the operator creates the Secret of its CA only",
         )
         .build(None)
 }

@@ -3,13 +3,14 @@
 use serde_json::{Value, json};
 
 use super::{AGENT_ACCOUNT, OPERATOR_ACCOUNT};
-use crate::api::GROUP;
+use crate::api::{AUTHORITY, GROUP, SIGNER};
 
 const EVENTS: &str = "events.k8s.io";
 const COORDINATION: &str = "coordination.k8s.io";
+const CERTIFICATES: &str = "certificates.k8s.io";
 const RBAC: &str = "rbac.authorization.k8s.io";
 
-/// Spec-level bookkeeping of our kinds, and deleting ticket Secrets; it reads no Secret.
+/// Spec-level bookkeeping of our kinds, deleting ticket Secrets, signing agents' certificates; it reads no Secret but its CA's.
 pub fn operator(namespace: &str) -> Vec<Value> {
     let everywhere = vec![
         rule(
@@ -38,9 +39,22 @@ pub fn operator(namespace: &str) -> Vec<Value> {
         json!({"apiGroups": ["apiextensions.k8s.io"], "resources": ["customresourcedefinitions"],
             "resourceNames": ["vmcheckpoints.virtmark.dev"], "verbs": ["get"]}),
         rule(EVENTS, &["events"], &["create", "patch"]),
+        // what agents ask for; admission holds it to its own signer, by the two verbs below
+        rule(CERTIFICATES, &["certificatesigningrequests"], &["get", "list", "watch"]),
+        rule(
+            CERTIFICATES,
+            &["certificatesigningrequests/approval", "certificatesigningrequests/status"],
+            &["update"],
+        ),
+        json!({"apiGroups": [CERTIFICATES], "resources": ["signers"], "resourceNames": [SIGNER],
+            "verbs": ["approve", "sign"]}),
     ];
     let here = vec![
         rule(GROUP, &["domainsightings"], &["get", "list", "watch"]),
+        // its CA, and whom to trust; RBAC cannot say what may be created, a policy does
+        rule("", &["secrets", "configmaps"], &["create"]),
+        json!({"apiGroups": [""], "resources": ["secrets", "configmaps"], "resourceNames": [AUTHORITY],
+            "verbs": ["get", "update"]}),
         // the lease by which one operator leads; the heartbeats of agents, which are told to Prometheus
         rule(COORDINATION, &["leases"], &["get", "list", "create", "update", "patch"]),
     ];
@@ -58,9 +72,14 @@ pub fn agent(namespace: &str) -> Vec<Value> {
         // its uid is the cluster's id, and says which bitmaps are ours
         json!({"apiGroups": [""], "resources": ["namespaces"], "resourceNames": ["kube-system"], "verbs": ["get"]}),
         rule(EVENTS, &["events"], &["create", "patch"]),
+        // its certificate; a policy narrows it to our signer
+        rule(CERTIFICATES, &["certificatesigningrequests"], &["create", "get"]),
     ];
     let here = vec![
         rule(GROUP, &["domainsightings"], &["get", "list", "create", "update", "delete"]),
+        // whom to trust
+        json!({"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [AUTHORITY],
+            "verbs": ["get", "list", "watch"]}),
         // its heartbeat
         rule(COORDINATION, &["leases"], &["create", "patch"]),
     ];

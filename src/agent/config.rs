@@ -8,6 +8,17 @@ use clap::Parser;
 use crate::probe::Listen;
 use crate::telemetry::LogFormat;
 
+/// Who makes the image server's certificate, where no files are given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum CertificateFrom {
+    /// This agent, with a CA of its own.
+    #[default]
+    #[value(name = "self")]
+    Own,
+    /// The operator, which signs a CertificateSigningRequest.
+    Signer,
+}
+
 /// The Virtmark agent: backs up the virtual machines of one node.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "agent", version)]
@@ -36,7 +47,7 @@ pub struct Config {
     /// Host and port that clients are told, `host:port`; default: the node's name and the first port.
     #[arg(long)]
     pub advertise: Option<String>,
-    /// PEM file with the image server's certificate chain; default: self-signed by this agent. It, the key and the CA are read
+    /// PEM file with the image server's certificate chain; default: as --certificate-from says. It, the key and the CA are read
     /// again when they change, and no connection is cut.
     ///
     /// Tickets that are out keep the CA that they were made with: have --tls-ca name the old and the new one while a CA is
@@ -49,6 +60,10 @@ pub struct Config {
     /// PEM file with the CA that clients are told, with `--tls-cert`.
     #[arg(long, requires = "tls_cert")]
     pub tls_ca: Option<PathBuf>,
+    /// Where the image server's certificate comes from without --tls-cert: made by this agent, or signed by an operator that runs
+    /// with --sign-certificates.
+    #[arg(long, value_enum, default_value_t, conflicts_with = "tls_cert")]
+    pub certificate_from: CertificateFrom,
     /// MiB that the scratch images of all backups may take together; default: what their file system has free, but for
     /// a reserve.
     #[arg(long, env = "VIRTMARK_SCRATCH_LIMIT_MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]

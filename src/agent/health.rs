@@ -37,6 +37,7 @@ pub struct Health {
     pub(super) state: Sign,
     pub(super) api: Sign,
     pub(super) images: Sign,
+    pub(super) certificate: Sign,
     /// Since when guests are, or may be, frozen, by their backups' uids.
     frozen: Mutex<HashMap<String, Timestamp>>,
     context: OnceLock<Arc<Context>>,
@@ -53,6 +54,7 @@ impl Health {
             state: Sign::new("state-directory", HOLDS),
             api: Sign::new("kubernetes-api", heartbeat),
             images: Sign::new("image-server", Duration::MAX),
+            certificate: Sign::new("certificate", Duration::MAX),
             frozen: Mutex::default(),
             context: OnceLock::new(),
         })
@@ -109,7 +111,9 @@ pub(super) async fn watch(context: &Arc<Context>) {
 
 impl Subject for Health {
     fn checks(&self) -> Vec<Check> {
-        [&self.alone, &self.libvirt, &self.state, &self.api, &self.images].map(Sign::check).to_vec()
+        [&self.alone, &self.libvirt, &self.state, &self.api, &self.images, &self.certificate]
+            .map(Sign::check)
+            .to_vec()
     }
 
     fn metrics(&self) -> &Metrics {

@@ -79,7 +79,7 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
     let state = StateDir::open(&config.state_dir, &config.run_dir)?;
     let Some(_alone) = alone(&state, &config.state_dir, &stop, &health.alone).await? else { return Ok(()) };
     let client = cluster::connect_counted(config.kubeconfig.as_deref(), &health.metrics).await?;
-    let certificate = Certificate::load_or_make(&config).context("the image server's certificate")?;
+    let certificate = Certificate::load(&config, &client).context("the image server's certificate")?;
     let tickets = Tickets::default();
     let (wake_backup, backups) = mpsc::unbounded();
     let (wake_transfer, transfers) = mpsc::unbounded();
@@ -115,7 +115,6 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
     adopt(&context)?;
     let listen = imageio::Config {
         addresses: config.listen.clone(),
-        tls: Some(context.certificate.server.clone()),
         unix_socket: Some(config.unix_socket()),
         meter: Arc::clone(&health.meter),
         ..imageio::Config::default()
@@ -200,7 +199,10 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         }
         if stop.is_cancelled() { Ok(()) } else { Err(anyhow::anyhow!("a controller ended")) }
     };
-    let images = async { Ok(serve_images(listen, &tickets, &stop, &health.images).await?) };
+    let images = async {
+        let Some(listen) = certified(listen, &context, &stop).await else { return Ok(()) };
+        Ok(serve_images(listen, &tickets, &stop, &health.images).await?)
+    };
 
     tokio::select! {
         // these two end when the agent is told to stop: readers have their answers, and all else goes on meanwhile
@@ -214,11 +216,30 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         () = cordon::follow(&context) => {}
         () = scratch::watch(&context) => {}
         () = health::watch(&context) => {}
-        () = context.certificate.follow() => {}
+        () = context.certificate.follow(&health.certificate) => {}
         () = survey::watch(&context, look_every, looked_at) => {}
     }
     keep(&context, false).await;
     Ok(())
+}
+
+/// With the certificate, once there is one; `None` when the agent is told to stop before. Transfers that waited for it go on.
+async fn certified(
+    listen: imageio::Config,
+    context: &Context,
+    stop: &CancellationToken,
+) -> Option<imageio::Config> {
+    if context.certificate.ca().is_none() {
+        context.health.images.bad("it waits for its certificate");
+    }
+    let tls = tokio::select! {
+        tls = context.certificate.server() => tls,
+        () = stop.cancelled() => return None,
+    };
+    for (uid, _) in context.registry.all() {
+        context.registry.wake_transfers(&uid);
+    }
+    Some(imageio::Config { tls: Some(tls), ..listen })
 }
 
 /// Serves images until `stop`. An address that another process still has is waited for, while everything else goes on: a

@@ -71,6 +71,17 @@ pub fn agent_lease(node: &str) -> String {
     format!("virtmark-agent-{node}")
 }
 
+/// The signer of the agents' certificates: the operator.
+pub const SIGNER: &str = "virtmark.dev/agent";
+
+/// The name of the Secret with the signer's CA, and of the ConfigMap that publishes whom to trust, in the operator's namespace.
+pub const AUTHORITY: &str = "virtmark-ca";
+
+/// The common name in the certificate request of the agent of `node`.
+pub fn certificate_subject(node: &str) -> String {
+    format!("virtmark-agent:{node}")
+}
+
 /// The name of the DomainSighting of the domain `uuid` on `node`, which admission checks.
 pub fn sighting_name(node: &str, uuid: &str) -> String {
     format!("{node}.{uuid}")

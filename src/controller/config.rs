@@ -32,6 +32,9 @@ pub struct Config {
     /// Address for /healthz, /readyz and /metrics, over plain HTTP; `none` for none.
     #[arg(long, default_value = "[::]:8080")]
     pub health_listen: Listen,
+    /// Sign the certificates of agents that run with --certificate-from signer, with a CA in Secret virtmark-ca.
+    #[arg(long)]
+    pub sign_certificates: bool,
     /// Do not run: say whether VMs are served, an operator leads and agents answer.
     #[arg(long)]
     pub check: bool,

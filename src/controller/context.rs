@@ -21,6 +21,7 @@ use crate::api::{self, DomainSighting, ImageTransfer, LibvirtDomain, VmBackup, V
 use crate::clock;
 use crate::cluster::Events;
 use crate::metrics::Metrics;
+use crate::x509::X509Error;
 
 /// How long a deletion waits for an agent before the finalizer is released all the same.
 pub const ABANDON: SignedDuration = SignedDuration::from_secs(120);
@@ -31,6 +32,14 @@ pub enum OperatorError {
     /// The API server said no, or nothing.
     #[error("the Kubernetes API: {0}")]
     Api(#[source] Box<kube::Error>),
+    /// The CA cannot be read.
+    #[error(
+        "Secret virtmark-ca: {0}; delete it to have another CA made, whose certificates agents ask for at once"
+    )]
+    Authority(#[source] X509Error),
+    /// A certificate cannot be made.
+    #[error(transparent)]
+    Certificate(#[from] X509Error),
 }
 
 impl From<kube::Error> for OperatorError {
@@ -46,6 +55,7 @@ impl OperatorError {
                 kube::Error::Api(status) => Some(status),
                 _ => None,
             },
+            Self::Authority(_) | Self::Certificate(_) => None,
         }
     }
 
@@ -55,6 +65,7 @@ impl OperatorError {
             Self::Api(_) if self.is_conflict() => "conflict",
             Self::Api(_) if self.is_not_found() => "not_found",
             Self::Api(_) => "api",
+            Self::Authority(_) | Self::Certificate(_) => "certificate",
         }
     }
 
@@ -86,6 +97,8 @@ pub struct Context {
     pub system_namespace: String,
     /// Held from the check that no other backup of a VM runs until one is bound.
     pub binding: tokio::sync::Mutex<()>,
+    /// Held while the agents' CA is read, made and published.
+    pub(super) publishing: tokio::sync::Mutex<()>,
     pub(super) backups: Store<VmBackup>,
     pub(super) transfers: Store<ImageTransfer>,
     pub(super) checkpoints: Store<VmCheckpoint>,

@@ -6,11 +6,13 @@
 //!   VmCheckpoint   usable once its backup Succeeded, or once an import was found whole; followed by what is seen of
 //!                  its bitmaps; bound to a node to have them removed, or looked for
 //!   DomainSighting -> LibvirtDomain
+//!   CertificateSigningRequest  of agents: decide -> approve and sign, or deny
 //! ```
 //!
 //! It never talks to libvirt, to an agent, or to an image server. Losing it loses nothing.
 
 pub mod backup;
+pub mod certificates;
 pub mod chain;
 mod check;
 pub mod checkpoint;

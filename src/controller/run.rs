@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::{StreamExt as _, TryStreamExt as _, channel::mpsc, stream};
+use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::jiff::SignedDuration;
 use kube::core::PartialObjectMeta;
 use kube::runtime::controller::{Action as Requeue, Config as ControllerConfig};
@@ -19,7 +20,7 @@ use super::config::Config;
 use super::context::{Context, OperatorError};
 use super::lead::{Candidate, lead};
 use super::role::Role;
-use super::{backup, checkpoint, domain, heartbeats, nodes, transfer};
+use super::{backup, certificates, checkpoint, domain, heartbeats, nodes, transfer};
 use crate::api::{
     self, DomainSighting, DomainSightingSpec, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint,
 };
@@ -87,6 +88,7 @@ async fn work(client: &Client, cluster: &str, config: &Config, role: &Role) {
         cluster: cluster.to_owned(),
         system_namespace: config.system_namespace.clone(),
         binding: tokio::sync::Mutex::default(),
+        publishing: tokio::sync::Mutex::default(),
         backups: backups.store(),
         transfers: transfers.store(),
         checkpoints: checkpoints.store(),
@@ -138,10 +140,28 @@ async fn work(client: &Client, cluster: &str, config: &Config, role: &Role) {
         () = transfers => {}
         () = checkpoints => {}
         () = inventory(config, seen, &context) => {}
+        () = sign(config, &context) => {}
         () = nodes::follow(&context) => {}
         () = heartbeats::follow(&context) => {}
         () = tell_synced(&context, role) => {}
         () = cluster::rewound(client, &config.system_namespace, &role.api) => {}
+    }
+}
+
+/// Signs agents' certificates, if that is wished for.
+async fn sign(config: &Config, context: &Arc<Context>) {
+    if !config.sign_certificates {
+        return std::future::pending().await;
+    }
+    let requests = Api::<CertificateSigningRequest>::all(context.client.clone());
+    let ours = watcher::Config::default().fields(&format!("spec.signerName={}", api::SIGNER));
+    let requests = cluster::controller(requests, ours, |_| {})
+        .with_config(ControllerConfig::default().concurrency(4))
+        .run(cluster::timed(&context.metrics, certificates::reconcile), on_error, Arc::clone(context))
+        .for_each(cluster::noted(&context.metrics));
+    tokio::select! {
+        () = requests => {}
+        () = certificates::follow(context) => {}
     }
 }
 

@@ -42,6 +42,7 @@ fn refused() -> Vec<(Value, &'static str)> {
         (agent("heartbeatSeconds", json!(601)), "/agent/heartbeatSeconds"),
         (agent("lookSeconds", json!(0)), "/agent/lookSeconds"),
         (agent("tls", json!({"trust": "Nobody"})), "/agent/tls/trust"),
+        (agent("tls", json!({"issuer": "signer"})), "/agent/tls/issuer"),
         (agent("privileged", json!(true)), "privileged"),
         (agent("updateStrategy", json!({"type": "Recreate"})), "/agent/updateStrategy/type"),
         (json!({"commonLabels": {"team": "a b"}}), "/commonLabels/team"),

@@ -62,6 +62,7 @@ fn others() -> Vec<(&'static str, Value)> {
         ("/listenAddress", json!("$(HOST_IP)")),
         ("/advertise", json!("$(NODE_NAME).example.com")),
         ("/tls/secretName", json!("image-server")),
+        ("/tls/issuer", json!("Signer")),
         ("/tls/trust", json!("SystemTrust")),
         ("/scratchLimitMib", json!(1_048_576)),
         ("/seLinuxOptions", json!({"type": "spc_t"})),

@@ -6,6 +6,7 @@
 mod access;
 mod backups;
 mod bitmaps;
+mod certificates;
 mod chain;
 mod checkpoints;
 mod costs;

@@ -13,7 +13,14 @@ fn who_works_is_alive_and_ready_and_says_of_what() -> Result<()> {
         (&bed.operator, &["kubernetes-api", "lease", "caches"]),
         (
             &bed.agents[0],
-            &["state-directory-lock", "libvirt", "state-directory", "kubernetes-api", "image-server"],
+            &[
+                "state-directory-lock",
+                "libvirt",
+                "state-directory",
+                "kubernetes-api",
+                "image-server",
+                "certificate",
+            ],
         ),
     ];
     for (daemon, needs) in needs {

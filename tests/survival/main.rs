@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod at_once;
+mod certificates;
 #[path = "../cluster/chain.rs"]
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod chain;

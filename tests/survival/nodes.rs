@@ -267,7 +267,8 @@ fn a_node_that_is_not_ready_is_waited_for_and_one_that_is_gone_is_not() -> Resul
     rig.bed.agents[1].kill();
     rig.bed.kubectl().run(&["delete", "node", NODE])?;
     let gone = node_is_gone(&rig, &checkpoint);
-    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}});
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE},
+        "status": {"addresses": [{"type": "InternalIP", "address": component::ADVERTISED}]}});
     rig.bed.kubectl().run_with(&["create", "-f", "-"], &node.to_string())?;
     // its token was the old Node's
     rig.bed.agents[1] = component::agent(&rig.bed.dir, &rig.bed.plane, &rig.bed.hypervisors[1])?;

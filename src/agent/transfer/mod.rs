@@ -99,7 +99,7 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         (None, DesiredState::Cancelled) => {
             Standing::Ended(Phase::Cancelled, Because::new(Reason::Cancelled, "the user cancelled it"))
         }
-        (None, _) if !record.life.is_serving() => Standing::Waiting,
+        (None, _) if !record.life.is_serving() => Standing::Waiting("the backup is not Ready yet"),
         (None, DesiredState::Finalized) => Standing::Ended(
             Phase::Succeeded,
             Because::new(Reason::Finalized, "the client says that it is done"),
@@ -257,13 +257,16 @@ async fn open(
     if live.is_announced(uid) && context.tickets.stats(uid).is_some() {
         return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
     }
+    let Some(ca) = context.certificate.ca() else {
+        return Ok(Standing::Waiting("the node's image server waits for its certificate"));
+    };
     let api = Api::<Secret>::namespaced(context.client.clone(), &record.namespace);
     loop {
         // stored first: a Secret of this number that is there already is then known to be ours
         context.host.state.store_ticket(&record.uid, uid, &ticket)?;
         killpoint::reached(Step::TicketStored);
         let created =
-            cluster::create(&api, &secret(transfer, uid, &ticket, record, context), api::AGENT).await?;
+            cluster::create(&api, &secret(transfer, uid, &ticket, &ca, record, context), api::AGENT).await?;
         if created || !is_new {
             break;
         }
@@ -285,6 +288,7 @@ fn secret(
     transfer: &ImageTransfer,
     uid: &str,
     ticket: &StoredTicket,
+    ca: &str,
     record: &Record,
     context: &Context,
 ) -> Secret {
@@ -308,7 +312,7 @@ fn secret(
                 text(format!("https://{}/images/{}", context.advertised, ticket.ticket.id.expose())),
             ),
             ("unixSocket".to_owned(), text(context.unix_socket.clone())),
-            ("ca.crt".to_owned(), text(context.certificate.ca())),
+            ("ca.crt".to_owned(), text(ca.to_owned())),
         ])),
         ..Secret::default()
     }
@@ -354,7 +358,7 @@ fn observe(
     let planned = known.and_then(|(_, record)| record.disks.iter().find(|planned| planned.target == *disk));
     let seen = planned.is_some() && transfer.spec.protocol == Protocol::Imageio;
     let transferred = known
-        .filter(|_| seen && !matches!(standing, Standing::Waiting))
+        .filter(|_| seen && !matches!(standing, Standing::Waiting(_)))
         .map(|(live, record)| context.coverage(live, record, disk).transferred());
     let required = known.and_then(|(live, _)| live.required(disk));
     Observed {

@@ -16,8 +16,8 @@ const CLEAN: &str = "the ticket is gone from the node";
 /// Where a transfer stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Its backup cannot be read yet.
-    Waiting,
+    /// Its backup cannot be read yet: why.
+    Waiting(&'static str),
     /// The bytes can be read.
     Open {
         /// The Secret with the ticket (protocol Imageio).
@@ -66,9 +66,9 @@ pub fn status(old: &ImageTransferStatus, observed: &Observed) -> ImageTransferSt
         new.progress = Some(percent(transferred, whole));
     }
     let because = match &observed.standing {
-        Standing::Waiting => {
+        Standing::Waiting(why) => {
             new.phase = Phase::Initializing;
-            Because::new(Reason::BackupNotReady, "the backup is not Ready yet")
+            Because::new(Reason::BackupNotReady, *why)
         }
         Standing::Open { secret, nbd } => {
             new.phase = Phase::Ready;
@@ -154,9 +154,11 @@ mod tests {
     #[test]
     fn an_unchanged_transfer_has_an_unchanged_status() {
         let ended = Standing::Ended(Phase::Cancelled, Because::new(Reason::Cancelled, "by the user"));
-        for (standing, phase) in
-            [(Standing::Waiting, Phase::Initializing), (open(), Phase::Ready), (ended, Phase::Cancelled)]
-        {
+        for (standing, phase) in [
+            (Standing::Waiting("wait"), Phase::Initializing),
+            (open(), Phase::Ready),
+            (ended, Phase::Cancelled),
+        ] {
             let first = status(&ImageTransferStatus::default(), &observed(standing.clone(), 5, 1));
             assert_eq!(first.phase, phase);
             assert_eq!(first, status(&first, &observed(standing, 5, 99)));

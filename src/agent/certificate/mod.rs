@@ -115,11 +115,11 @@ impl Certificate {
         match &self.source {
             Source::Own => {
                 sign.good();
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
             Source::Files(files) => {
                 sign.good();
-                files.follow(&self.shown).await
+                files.follow(&self.shown).await;
             }
             Source::Signed(signed) => signed.follow(&self.shown, sign).await,
         }

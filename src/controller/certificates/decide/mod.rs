@@ -166,7 +166,7 @@ fn usages(asked: &[String]) -> Result<(), Misfit> {
     let is_allowed = |usage: &&String| needed.contains(&usage.as_str()) || *usage == "key encipherment";
     match asked.iter().find(|usage| !is_allowed(usage)) {
         Some(other) => not(Refusal::UsagesNotAllowed, format!("the usage {other:?} is not a server's")),
-        None if !needed.iter().all(|usage| has(usage)) => {
+        None if !needed.iter().all(has) => {
             not(Refusal::UsagesNotAllowed, "the usages are to be digital signature and server auth")
         }
         None => Ok(()),

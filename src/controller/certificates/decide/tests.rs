@@ -128,7 +128,7 @@ fn each_single_deviation_is_denied() {
     for (what, request, refusal) in cases {
         match of(&request) {
             Decision::Deny(found, words) => {
-                assert!(found == refusal && !words.is_empty(), "{what}: {found}")
+                assert!(found == refusal && !words.is_empty(), "{what}: {found}");
             }
             other => panic!("{what}: {other:?}"),
         }

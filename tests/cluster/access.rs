@@ -204,7 +204,7 @@ fn only_who_may_back_a_vm_up_does() -> Result<()> {
     refused("without the verb", create("may-create", "permitted"), "NotPermitted")?;
     refused("another VM", create("may-back-up", "guarded"), "NotPermitted")?;
     create("may-back-up", "permitted")?;
-    rig.kubectl(&["delete", "vmbackup", "may-back-up-permitted", "--timeout=30s"])?;
+    rig.delete("vmbackup", "may-back-up-permitted")?;
     // and no VmCheckpoint either, for its bitmaps go with it
     let import = |account: &str, vm: &str| -> Result<String> {
         let checkpoint = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmCheckpoint",
@@ -216,7 +216,7 @@ fn only_who_may_back_a_vm_up_does() -> Result<()> {
     refused("an import without the verb", import("may-create", "permitted"), "NotPermitted")?;
     refused("an import of another VM's", import("may-back-up", "guarded"), "NotPermitted")?;
     import("may-back-up", "permitted")?;
-    rig.kubectl(&["delete", "vmcheckpoint", "may-back-up-permitted", "--timeout=30s"])?;
+    rig.delete("vmcheckpoint", "may-back-up-permitted")?;
     for account in ["may-create", "may-back-up"] {
         rig.kubectl(&["delete", "role,rolebinding", account])?;
         rig.bed.kubectl().run(&["-n", SYSTEM_NAMESPACE, "delete", "serviceaccount", account])?;

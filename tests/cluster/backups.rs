@@ -46,7 +46,7 @@ fn what_is_read_is_what_the_guest_had_although_it_writes_on() -> Result<()> {
     assert_eq!(rig.bitmaps("vda")?, [spec["bitmap"].as_str().unwrap_or_default()]);
     assert_eq!(spec["disks"].as_array().map(Vec::len), Some(1), "the raw disk has no bitmap");
     assert_eq!(rig.get("lvd", "mixed")?["status"]["lastBackup"], "mixed-1");
-    rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"])?;
+    rig.delete("vmcheckpoint", &checkpoint)?;
     assert!(rig.bitmaps("vda")?.is_empty(), "deleting the checkpoint removes its bitmap");
     Ok(())
 }
@@ -123,20 +123,20 @@ fn cancel_and_delete_leave_nothing_in_any_phase() -> Result<()> {
     rig.backup("undone-2", json!({}))?;
     rig.phase("vmbackup", "undone-2", "Ready")?;
     let made = rig.checkpoint_of("undone-2")?;
-    rig.kubectl(&["delete", "vmbackup", "undone-2", "--timeout=30s"])?;
+    rig.delete("vmbackup", "undone-2")?;
     rig.gone("vmcheckpoint", &made)?;
     rig.gone("imagetransfer", "undone-2-vda")?;
     assert!(rig.bitmaps("vda")?.is_empty());
 
     // the same name at once, deleted before anybody can have done much
     rig.backup("undone-2", json!({}))?;
-    rig.kubectl(&["delete", "vmbackup", "undone-2", "--timeout=30s"])?;
+    rig.delete("vmbackup", "undone-2")?;
     rig.gone("imagetransfer", "undone-2-vda")?;
     rig.backup("undone-2", json!({}))?;
     rig.phase("vmbackup", "undone-2", "Ready")?;
     rig.state("vmbackup", "undone-2", "Cancelled")?;
     rig.phase("vmbackup", "undone-2", "Failed")?;
-    rig.kubectl(&["delete", "vmbackup", "undone-2", "--timeout=30s"])?;
+    rig.delete("vmbackup", "undone-2")?;
     rig.host_is_clean()?;
     assert!(rig.bitmaps("vda")?.is_empty());
     rig.vm.destroy()?;

@@ -131,7 +131,7 @@ fn bitmaps_of_a_vm_that_is_off_are_looked_at_in_its_images() -> Result<()> {
     ensure!(message.contains("vda: qemu-img says: in-use"), "{message}");
     // it is there still, for it can be removed
     assert_eq!(listed(&rig, &name)?["vmCheckpoint"], stored.checkpoint());
-    rig.kubectl(&["delete", "vmcheckpoint", stored.checkpoint(), "--timeout=60s"])?;
+    rig.delete("vmcheckpoint", stored.checkpoint())?;
     assert!(rig.bitmaps("vda")?.is_empty());
     wait_until(BOUND, "it to be listed no more", || Ok(listed(&rig, &name)?.is_null().then_some(())))
 }

@@ -31,7 +31,7 @@ fn stands(rig: &Rig, point: &Point, parent: &str, base: &str) -> Result<()> {
 }
 
 fn delete(rig: &Rig, point: &Point) -> Result<()> {
-    rig.kubectl(&["delete", "vmcheckpoint", point.checkpoint(), "--timeout=60s"]).map(drop)
+    rig.delete("vmcheckpoint", point.checkpoint())
 }
 
 /// The disk holds the bitmaps of these checkpoints, and no other.

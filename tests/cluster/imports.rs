@@ -27,7 +27,7 @@ fn apply(rig: &Rig, object: &Value) -> Result<()> {
 }
 
 fn delete(rig: &Rig, name: &str) -> Result<()> {
-    rig.kubectl(&["delete", "vmcheckpoint", name, "--timeout=60s"]).map(drop)
+    rig.delete("vmcheckpoint", name)
 }
 
 /// Waits for an Event about an object.
@@ -53,7 +53,7 @@ fn an_orphan_is_listed_imported_used_and_purged() -> Result<()> {
     rig.published("Running")?;
     // as a lost etcd does it: the objects are gone, and nobody cleaned up
     let mut kept = rig.get("vmcheckpoint", lost.checkpoint())?;
-    rig.kubectl(&["delete", "vmbackup", "adopted-1", "--timeout=60s"])?;
+    rig.delete("vmbackup", "adopted-1")?;
     let free = json!({"metadata": {"finalizers": null}}).to_string();
     rig.kubectl(&["patch", "vmcheckpoint", lost.checkpoint(), "--type=merge", "-p", &free])?;
     delete(&rig, lost.checkpoint())?;

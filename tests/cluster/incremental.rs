@@ -54,7 +54,7 @@ fn usable(rig: &Rig, checkpoint: &str) -> Result<(bool, String)> {
 }
 
 fn delete_checkpoint(rig: &Rig, name: &str) -> Result<()> {
-    rig.kubectl(&["delete", "vmcheckpoint", name, "--timeout=60s"]).map(drop)
+    rig.delete("vmcheckpoint", name)
 }
 
 #[test]

@@ -59,5 +59,5 @@ fn a_finished_backup_goes_after_its_time_and_its_checkpoint_stays() -> Result<()
     rig.gone("vmbackup", "brief-1")?;
     let kept = rig.get("vmcheckpoint", &checkpoint)?;
     assert!(!kept.is_null(), "{checkpoint} went with its backup");
-    rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"]).map(drop)
+    rig.delete("vmcheckpoint", &checkpoint)
 }

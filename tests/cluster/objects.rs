@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use k8s_openapi::api::core::v1::{Event, Secret};
-use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::runtime::wait::await_condition;
 use kube::{Api, Client, Resource};
 use serde_json::{Value, json};
@@ -101,28 +101,47 @@ impl Objects {
         labels: &Value,
         spec: &Value,
     ) -> Result<Value> {
-        let object = json!({"apiVersion": K::api_version(&()), "kind": K::kind(&()), "spec": spec,
-            "metadata": {"name": name, "namespace": VM_NAMESPACE, "labels": labels}});
-        let object = serde_json::from_value(object)?;
-        let api = self.api::<K>();
-        let made = self.ask(async || api.create(&PostParams::default(), &object).await);
-        Ok(serde_json::to_value(made.with_context(|| format!("creating {name}"))?)?)
+        let metadata = json!({"name": name, "labels": labels});
+        self.make(&ApiResource::erase::<K>(&()), metadata, spec)
+    }
+
+    /// Makes an object of a kind that is named at run time. As with kubectl, a field that it has not is refused.
+    pub fn make(&self, resource: &ApiResource, metadata: Value, spec: &Value) -> Result<Value> {
+        let object = json!({"apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata,
+            "spec": spec});
+        let path = DynamicObject::url_path(resource, Some(VM_NAMESPACE));
+        let request = || {
+            let request = hyper::Request::post(format!("{path}?fieldValidation=Strict"));
+            request.header("content-type", "application/json").body(object.to_string().into_bytes())
+        };
+        request()?;
+        Ok(self.ask(async || self.client.request(request().map_err(kube::Error::HttpError)?).await)?)
     }
 
     /// Sets `spec.state`.
     pub fn state<K: Resource<DynamicType = ()>>(&self, name: &str, state: &str) -> Result<()> {
-        let patch = Patch::Merge(json!({"spec": {"state": state}}));
-        let api = self.api::<K>();
-        self.ask(async || api.patch(name, &PatchParams::default(), &patch).await)?;
+        self.patch(&ApiResource::erase::<K>(&()), name, &json!({"spec": {"state": state}}))
+    }
+
+    /// Merges into an object of a kind that is named at run time.
+    pub fn patch(&self, resource: &ApiResource, name: &str, patch: &Value) -> Result<()> {
+        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
+        let params = PatchParams::default().validation_strict();
+        self.ask(async || api.patch(name, &params, &Patch::Merge(patch)).await)?;
         Ok(())
     }
 
     /// Has an object deleted, and does not wait for it.
     pub fn delete<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
-        let api = self.api::<K>();
+        self.remove(&ApiResource::erase::<K>(&()), name).map(drop)
+    }
+
+    /// The same, of a kind that is named at run time; answers whether there was one.
+    pub fn remove(&self, resource: &ApiResource, name: &str) -> Result<bool> {
+        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
         match self.ask(async || api.delete(name, &DeleteParams::default()).await) {
-            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
-            other => Ok(other.map(drop)?),
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+            other => Ok(other.map(|_| true)?),
         }
     }
 

@@ -96,7 +96,7 @@ fn a_vm_that_takes_a_name_over_takes_no_checkpoint_over() -> Result<()> {
     assert!(message.contains("starts a new chain"), "{message}");
     rig.backup("replaced-2", json!({}))?;
     rig.phase("vmbackup", "replaced-2", "Ready")?;
-    rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"]).map(drop)
+    rig.delete("vmcheckpoint", &checkpoint)
 }
 
 #[test]

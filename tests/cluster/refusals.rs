@@ -20,7 +20,7 @@ fn refused(rig: &Rig, name: &str, spec: Value, reason: &str, words: &str) -> Res
         "kstatus would wait for ever"
     );
     assert!(status["nodeName"].is_null());
-    rig.kubectl(&["delete", "vmbackup", name, "--timeout=10s"])?;
+    rig.delete("vmbackup", name)?;
     rig.host_is_clean()
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use base64ct::{Base64, Encoding as _};
 use serde_json::{Value, json};
 use virtmark_bed::component::VM_NAMESPACE;
@@ -81,7 +81,7 @@ impl Rig {
 
     /// An object, or null. A test that waits asks forty times a second: a kubectl each time would be most of what it costs.
     pub fn get(&self, kind: &str, name: &str) -> Result<Value> {
-        if let Some(resource) = objects::resource(kind)
+        if let Ok(resource) = known(kind)
             && let Ok(found) = self.objects.find(&resource, name)
         {
             return Ok(found);
@@ -92,19 +92,18 @@ impl Rig {
 
     /// The objects of a kind, with these labels.
     pub fn list(&self, kind: &str, labels: &str) -> Result<Vec<Value>> {
-        let resource = objects::resource(kind).with_context(|| format!("{kind} is not known here"))?;
-        self.objects.select(&resource, labels)
+        self.objects.select(&known(kind)?, labels)
     }
 
     /// Makes a VmBackup of the VM; `spec` adds to, or overrides, the name of the VM.
     pub fn backup(&self, name: &str, spec: Value) -> Result<()> {
-        self.create("vmbackup", "VmBackup", json!({"name": name}), &self.whole(spec))
+        self.create("vmbackup", json!({"name": name}), &self.whole(spec))
     }
 
     /// The same with the label of an owner.
     pub fn backup_of(&self, name: &str, owner: &str, spec: Value) -> Result<()> {
         let metadata = json!({"name": name, "labels": {"virtmark.dev/owner": owner}});
-        self.create("vmbackup", "VmBackup", metadata, &self.whole(spec))
+        self.create("vmbackup", metadata, &self.whole(spec))
     }
 
     fn whole(&self, spec: Value) -> Value {
@@ -114,16 +113,12 @@ impl Rig {
     }
 
     pub fn transfer(&self, name: &str, spec: &Value) -> Result<()> {
-        self.create("imagetransfer", "ImageTransfer", json!({"name": name}), spec)
+        self.create("imagetransfer", json!({"name": name}), spec)
     }
 
-    fn create(&self, resource: &'static str, kind: &str, mut metadata: Value, spec: &Value) -> Result<()> {
-        let name = metadata["name"].as_str().context("no name")?.to_owned();
-        merge(&mut metadata, json!({"namespace": VM_NAMESPACE}));
-        let object = json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": kind,
-            "metadata": metadata, "spec": spec});
-        self.made(resource, &name);
-        self.bed.kubectl().run_with(&["create", "-f", "-"], &object.to_string()).map(drop)
+    fn create(&self, kind: &'static str, metadata: Value, spec: &Value) -> Result<()> {
+        self.made(kind, metadata["name"].as_str().context("no name")?);
+        self.objects.make(&known(kind)?, metadata, spec).map(drop)
     }
 
     /// Notes an object that is to be deleted when the test ends.
@@ -133,8 +128,7 @@ impl Rig {
 
     /// Patches `spec.state`.
     pub fn state(&self, kind: &str, name: &str, state: &str) -> Result<()> {
-        let patch = json!({"spec": {"state": state}}).to_string();
-        self.kubectl(&["patch", kind, name, "--type=merge", "-p", &patch]).map(drop)
+        self.objects.patch(&known(kind)?, name, &json!({"spec": {"state": state}}))
     }
 
     /// Waits for a phase; answers the status. Another end than the one waited for is an error at once.
@@ -188,7 +182,7 @@ impl Rig {
         let status = self.phase("imagetransfer", transfer, "Ready")?;
         let name = status["ticketSecret"].as_str().context("no ticketSecret")?.to_owned();
         let secret = self.get("secret", &name)?;
-        anyhow::ensure!(secret["type"] == "virtmark.dev/ticket", "Secret {name}: {secret}");
+        ensure!(secret["type"] == "virtmark.dev/ticket", "Secret {name}: {secret}");
         let text = |key: &str| -> Result<String> {
             let encoded = secret["data"][key].as_str().with_context(|| format!("the Secret has no {key}"))?;
             let bytes = Base64::decode_vec(encoded).map_err(|error| anyhow::anyhow!("{key}: {error}"))?;
@@ -260,29 +254,44 @@ impl Rig {
     pub fn delete_made_after(&self, kept: usize) -> Result<()> {
         let made = self.made.borrow_mut().split_off(kept);
         for (kind, name) in made.iter().rev() {
-            self.kubectl(&["delete", kind, name, "--ignore-not-found", "--timeout=60s"])?;
+            match known(kind) {
+                Ok(resource) => self.objects.remove(&resource, name).and_then(|_| self.gone(kind, name))?,
+                Err(_) => self.kubectl(&["delete", kind, name, "--ignore-not-found"]).map(drop)?,
+            }
         }
         Ok(())
     }
+
+    /// Deletes an object that is there, and waits until it is gone.
+    pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
+        ensure!(self.objects.remove(&known(kind)?, name)?, "there is no {kind} {name}");
+        self.gone(kind, name)
+    }
 }
 
-/// Nothing of the backups with these uids is on the host of their VM: no job, no checkpoint, no file.
+fn known(kind: &str) -> Result<kube::api::ApiResource> {
+    objects::resource(kind).with_context(|| format!("{kind} is not known here"))
+}
+
+/// Nothing of the backups with these uids is on the host of their VM: no job, no checkpoint, no file. What the agent noted of one
+/// goes right after its end is told.
 pub fn host_is_clean(vm: &Vm, uids: &[String]) -> Result<()> {
     let node = vm.hypervisor();
     if vm.state()? == "running" {
         let job = node.virsh(&["domjobinfo", &vm.name])?;
-        assert!(job.contains("None"), "{job}");
+        ensure!(job.contains("None"), "{job}");
     }
     // the agent that counts its dirty bytes has libvirt know a checkpoint for a moment
     wait_until(BOUND, "libvirt to have no note of a checkpoint", || {
         let noted = node.virsh(&["checkpoint-list", "--name", &vm.name])?;
         Ok(noted.trim().is_empty().then_some(()))
     })?;
+    let agent = node.dir.join("agent");
     for uid in uids {
-        for folder in ["run", "state/backups"] {
-            let path = node.dir.join("agent").join(folder).join(uid);
-            assert!(!path.exists(), "{} is left", path.display());
-        }
+        ensure!(!agent.join("run").join(uid).exists(), "files of backup {uid} are left");
+        wait_until(BOUND, &format!("the note of backup {uid} to go"), || {
+            Ok((!agent.join("state/backups").join(uid).exists()).then_some(()))
+        })?;
     }
     Ok(())
 }

@@ -262,7 +262,7 @@ fn replaced(stage: &mut Stage) -> Result<()> {
     stage.rig.bed.store()?;
     stage.rig.reason("vmcheckpoint", &checkpoint, "VmReplaced")?;
     stage.record(&[("VmCheckpoint", "failed", &checkpoint)])?;
-    stage.rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"]).map(drop)
+    stage.rig.delete("vmcheckpoint", &checkpoint)
 }
 
 /// Reads what the VM wrote, and no more: a finalized backup ends as soon as that was read, and its tickets with it.

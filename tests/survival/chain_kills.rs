@@ -83,7 +83,7 @@ fn a_chain_survives_the_death_of_its_processes_while_a_checkpoint_is_deleted() -
                 rig.published("Off")?;
             }
             while_killed(&mut rig, (step, passes), 1, both, |rig| {
-                rig.kubectl(&["delete", "vmcheckpoint", middle.checkpoint(), "--timeout=60s"]).map(drop)
+                rig.delete("vmcheckpoint", middle.checkpoint())
             })
             .with_context(|| format!("{step}:{passes}, both: {both}"))?;
             if step == Step::BitmapRemoved {

@@ -132,7 +132,7 @@ fn delete(rig: &mut Rig, history: &History, at: At, way: Way) -> Result<()> {
         ensure!(!reader.wait()?.success(), "the reader was not cut off");
     }
     if at == At::Waiting {
-        rig.kubectl(&["delete", "vmbackup", "deleted-first", "--timeout=30s"])?;
+        rig.delete("vmbackup", "deleted-first")?;
     }
     // once a finalize is obeyed, and said to be, the checkpoint is what the backup was for
     history.check()?;
@@ -231,7 +231,7 @@ fn nothing_is_left(rig: &Rig, uid: &str, kept: usize) -> Result<()> {
     .with_context(|| last.clone())?;
     for checkpoint in rig.list("vmcheckpoints", &of_uid)? {
         let name = checkpoint["metadata"]["name"].as_str().unwrap_or_default();
-        rig.kubectl(&["delete", "vmcheckpoint", name, "--timeout=30s"])?;
+        rig.delete("vmcheckpoint", name)?;
         ensure!(rig.bitmaps("vda")?.is_empty(), "a deleted checkpoint's bitmap is left");
     }
     Ok(())
@@ -313,7 +313,7 @@ fn transfers_and_checkpoints_deleted_at_any_phase_leave_nothing() -> Result<()> 
             rig.vm.destroy()?;
             rig.published("Off")?;
         }
-        rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"])?;
+        rig.delete("vmcheckpoint", &checkpoint)?;
         ensure!(rig.bitmaps("vda")?.is_empty(), "off {off}: the bitmap is left");
     }
     println!("{} versions, none went back", history.check()?);

@@ -123,7 +123,7 @@ fn a_backup_bound_to_a_vm_never_works_on_another_of_its_name() -> Result<()> {
             .cloned();
         Ok(usable.filter(|usable| usable["reason"] == "VmReplaced" && usable["status"] == "False").map(drop))
     })?;
-    rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"])?;
+    rig.delete("vmcheckpoint", &checkpoint)?;
     println!("{} versions, none went back", history.check()?);
     Ok(())
 }

@@ -297,7 +297,7 @@ fn left_clean(rig: &Rig, name: &str, way: Way, kept: usize) -> Result<()> {
         }
         for checkpoint in named(rig.list("vmcheckpoints", "")?) {
             let name = checkpoint["metadata"]["name"].as_str().unwrap_or_default();
-            rig.kubectl(&["delete", "vmcheckpoint", name, "--timeout=30s"])?;
+            rig.delete("vmcheckpoint", name)?;
         }
         ensure!(rig.bitmaps("vdb")?.len() == kept, "a deleted checkpoint's bitmap is left");
     }

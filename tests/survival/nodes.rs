@@ -291,7 +291,7 @@ fn node_is_gone(rig: &Rig, checkpoint: &str) -> Result<()> {
     rig.reason("imagetransfer", "lost-1-vda", "NodeLost")?;
     rig.published("NodeLost")?;
     for (kind, name) in [("vmbackup", "lost-1"), ("vmcheckpoint", checkpoint)] {
-        rig.kubectl(&["delete", kind, name, "--timeout=30s"])?;
+        rig.delete(kind, name)?;
         wait_until(Duration::from_secs(20), "an Event that says what may be left", || {
             Ok(rig.events(name)?.contains(&"HostCleanupAbandoned".to_owned()).then_some(()))
         })?;

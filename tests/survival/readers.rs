@@ -69,7 +69,7 @@ fn a_reader_goes_on_with_its_ticket_and_coverage_claims_no_more_than_was_served(
     rig.bed.agents[1].kill();
     let unheld = r#"{"metadata":{"finalizers":null}}"#;
     rig.kubectl(&["patch", "vmbackup", "reader-3", "--type=merge", "-p", unheld])?;
-    rig.kubectl(&["delete", "vmbackup", "reader-3", "--timeout=30s"])?;
+    rig.delete("vmbackup", "reader-3")?;
     rig.bed.agents[1].restart(&[])?;
     rig.bed.store()?;
     wait_until(BOUND, "the host to be cleaned after an object that is gone", || {

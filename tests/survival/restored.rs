@@ -92,7 +92,7 @@ fn chains_go_on_after_etcd_was_restored_from_a_copy() -> Result<()> {
     let kept = [&second, &third, &fourth].map(|point| bitmap(&rig, point.checkpoint()));
     let [two, three, four] = kept.map(Result::unwrap);
     let lost = saved(&rig, fourth.checkpoint())?;
-    rig.kubectl(&["delete", "vmcheckpoint", first.checkpoint(), "--timeout=60s"])?;
+    rig.delete("vmcheckpoint", first.checkpoint())?;
     assert_eq!(held(&rig)?, sorted([&two, &three, &four]));
 
     // an agent that saw nothing newer than the copy has nothing to forget
@@ -145,7 +145,7 @@ fn chains_go_on_after_etcd_was_restored_from_a_copy() -> Result<()> {
     let sixth = take(&rig, 6, from_fourth)?;
     assert_eq!((sixth.base(), sixth.restored["vda"].mostly_read()), (fourth.checkpoint(), 2 * MIB));
     // what is left over is deleted as anything is
-    rig.kubectl(&["delete", "vmcheckpoint", first.checkpoint(), "--timeout=60s"]).map(drop)
+    rig.delete("vmcheckpoint", first.checkpoint())
 }
 
 #[test]

@@ -238,7 +238,7 @@ fn left(rig: &Rig, name: &str, uids: &[String], before: usize) -> Result<()> {
         ensure!(reason.1 <= 2 * uids.len(), "Event {reason:?} too often");
     }
     for checkpoint in named("vmcheckpoints")? {
-        rig.kubectl(&["delete", "vmcheckpoint", &checkpoint, "--timeout=30s"])?;
+        rig.delete("vmcheckpoint", &checkpoint)?;
     }
     ensure!(rig.bitmaps("vda")?.is_empty(), "a bitmap is left");
     rig.delete_made()

@@ -172,7 +172,7 @@ fn every_edit_is_answered_or_refused_in_every_phase() -> Result<()> {
     ensure!(rig.kubectl(&["patch", "vmcheckpoint", checkpoint, "--type=merge", "-p", moved]).is_err());
     edit(&rig, json!({"ttlSecondsAfterFinished": 0}))?;
     rig.gone("vmbackup", "edited-1")?;
-    rig.kubectl(&["delete", "vmcheckpoint", checkpoint, "--timeout=30s"])?;
+    rig.delete("vmcheckpoint", checkpoint)?;
 
     // never bound, ended, edited
     rig.vm.destroy()?;

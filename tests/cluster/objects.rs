@@ -111,7 +111,8 @@ impl Objects {
             "spec": spec});
         let path = DynamicObject::url_path(resource, Some(VM_NAMESPACE));
         let request = || {
-            let request = hyper::Request::post(format!("{path}?fieldValidation=Strict"));
+            let request =
+                hyper::Request::post(format!("{path}?fieldValidation=Strict&fieldManager=kubectl-create"));
             request.header("content-type", "application/json").body(object.to_string().into_bytes())
         };
         request()?;
@@ -123,10 +124,12 @@ impl Objects {
         self.patch(&ApiResource::erase::<K>(&()), name, &json!({"spec": {"state": state}}))
     }
 
-    /// Merges into an object of a kind that is named at run time.
+    /// Merges into an object of a kind that is named at run time, by the name that kubectl goes by: Flux takes over what is its.
     pub fn patch(&self, resource: &ApiResource, name: &str, patch: &Value) -> Result<()> {
         let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
-        let params = PatchParams::default().validation_strict();
+        let params =
+            PatchParams { field_manager: Some("kubectl-patch".to_owned()), ..PatchParams::default() };
+        let params = params.validation_strict();
         self.ask(async || api.patch(name, &params, &Patch::Merge(patch)).await)?;
         Ok(())
     }

@@ -9,6 +9,15 @@ use virtmark_bed::{Vm, guest, wait_until};
 
 use super::cell::Cell;
 
+/// By what it is known that libvirt was asked.
+#[derive(Clone, Copy)]
+pub(super) enum Sign {
+    /// A signal that it sends to QEMU is at the door: were QEMU let go before, it would answer what it was asked first.
+    Signal,
+    /// It sends none, and has had time to take its turn.
+    Time,
+}
+
 impl Cell {
     /// What is done while the outage lasts.
     pub fn hit(&mut self, outage: Outage) -> Result<()> {
@@ -33,25 +42,29 @@ impl Cell {
         match outage {
             Outage::Libvirtd | Outage::Etcd | Outage::ApiServer => Ok(()),
             Outage::PoweredOff | Outage::QemuKilled if is_off => Ok(()),
-            Outage::Undefined => self.asked(|vm| vm.undefine()),
-            Outage::PoweredOff => self.asked(Vm::destroy),
+            Outage::Undefined => self.asked(Vm::undefine, Sign::Time),
+            Outage::PoweredOff => self.asked(Vm::destroy, Sign::Signal),
             Outage::QemuKilled => self.vm.kill(),
         }
     }
 
     /// Asks libvirt for something while QEMU may stand still: it goes on once libvirt has been asked.
-    pub(super) fn asked(&mut self, ask: impl FnOnce(&Vm) -> Result<()> + Send) -> Result<()> {
+    pub(super) fn asked(&mut self, ask: impl FnOnce(&Vm) -> Result<()> + Send, sign: Sign) -> Result<()> {
         let stopped = self.stopped.take();
         let vm = &self.vm;
         std::thread::scope(|scope| {
             let asking = scope.spawn(move || ask(vm));
             if let Some(qemu) = stopped {
-                // what libvirt sends it is at the door, or libvirt waits for its turn
                 let until = Instant::now() + Duration::from_millis(300);
-                wait_until(Duration::from_secs(5), "libvirt to be asked", || {
-                    Ok((qemu.has_signals() || Instant::now() > until).then_some(()))
-                })?;
+                let asked = wait_until(Duration::from_secs(20), "libvirt to be asked", || {
+                    let is_asked = match sign {
+                        Sign::Signal => qemu.has_signals(),
+                        Sign::Time => Instant::now() > until,
+                    };
+                    Ok(is_asked.then_some(()))
+                });
                 qemu.resume();
+                asked?;
             }
             asking.join().map_err(|_| anyhow::anyhow!("the asker died"))?
         })

@@ -135,7 +135,7 @@ fn spawn(
     let log = File::options().create(true).append(true).open(dir.join("log").join(format!("{name}.log")))?;
     let child = Command::new(binary)
         .args(arguments)
-        // etcd and kube-apiserver have small heaps, and a machine that has room for more: half a minute of CPU less in a run
+        // etcd and kube-apiserver have small heaps, and a machine that has room for more: a sixth of their CPU
         .env("GOGC", "400")
         .envs(environment.iter().copied())
         .stdin(Stdio::null())

@@ -104,10 +104,12 @@ fn stat(pid: i32) -> Option<(char, u64)> {
     // the name, in parentheses, may hold anything
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?.chars().next()?;
-    if state == 'Z' {
+    let threads: u32 = fields.nth(16)?.parse().ok()?;
+    // a zombie whose other threads are not at their end yet holds its files and ports still
+    if state == 'Z' && threads <= 1 {
         return None;
     }
-    Some((state, fields.nth(18)?.parse().ok()?))
+    Some((state, fields.nth(1)?.parse().ok()?))
 }
 
 /// The list, in a file of the bed's folder.

@@ -12,6 +12,15 @@ use virtmark_bed::wait_until;
 
 use super::rig::{BOUND, MIB, Rig, Ticket, small};
 
+/// Reads a disk of a backup that was finalized before, and waits for its success: it comes as soon as all was served that must be,
+/// and cuts what is read beyond that.
+pub(super) fn read_finalized(rig: &Rig, backup: &str, transfer: &str, remembered: &Path) -> Result<()> {
+    let read = rig.read(transfer, remembered);
+    rig.phase("vmbackup", backup, "Succeeded").with_context(|| format!("it was read: {read:?}"))?;
+    let differs = read.err().filter(|error| error.to_string().contains("differs from"));
+    differs.map_or(Ok(()), Err)
+}
+
 #[test]
 fn a_reader_goes_on_with_its_ticket_and_coverage_claims_no_more_than_was_served() -> Result<()> {
     let _alone = super::alone();
@@ -52,11 +61,8 @@ fn a_reader_goes_on_with_its_ticket_and_coverage_claims_no_more_than_was_served(
         ensure!(ticket.curl(&["-H", &range, "-o", &rest.to_string_lossy()])? == "206");
         append(&image, &rest)?;
         virtmark_bed::compare(&then, &image, "raw")?;
-        // what was served, and not stored when the agent died, must be read once more; as soon as all was, the finalize cuts this
-        let again = rig.read(&format!("{name}-vda"), &then);
-        rig.phase("vmbackup", &name, "Succeeded").with_context(|| format!("it was read again: {again:?}"))?;
-        let differs = again.err().filter(|error| error.to_string().contains("differs from"));
-        differs.map_or(Ok(()), Err)?;
+        // what was served, and not stored when the agent died, must be read once more
+        read_finalized(&rig, &name, &format!("{name}-vda"), &then)?;
         rig.host_is_clean()?;
     }
 

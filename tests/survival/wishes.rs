@@ -159,8 +159,7 @@ fn every_edit_is_answered_or_refused_in_every_phase() -> Result<()> {
     rig.state("vmbackup", "edited-1", "Finalized")?;
     rig.reason("vmbackup", "edited-1", "TransfersIncomplete")?;
     edit_all(&rig, "finalized, incomplete")?;
-    rig.read("edited-t", &rig.vm.remember("vda")?)?;
-    rig.phase("vmbackup", "edited-1", "Succeeded")?;
+    super::readers::read_finalized(&rig, "edited-1", "edited-t", &rig.vm.remember("vda")?)?;
     rig.phase("imagetransfer", "edited-t", "Succeeded")?;
     edit_all(&rig, "Succeeded")?;
     rig.state("imagetransfer", "edited-t", "Cancelled")?;

@@ -133,7 +133,7 @@ impl Sign {
 pub async fn serve(listen: Listen, subject: Arc<impl Subject>) -> io::Result<Infallible> {
     let Listen::At(address) = listen else { return Ok(std::future::pending().await) };
     let listener = bind(address).await?;
-    tracing::info!(address = ?listener.local_addr().ok(), "health and metrics are served");
+    tracing::info!(address = %listener.local_addr()?, "health and metrics are served");
     let pulse = Arc::new(Mutex::new(Instant::now()));
     tokio::select! {
         never = beat(&pulse) => Ok(never),

@@ -96,7 +96,7 @@ fn finalize_is_not_obeyed_while_bytes_are_unread() -> Result<()> {
     let message = rig.reason("vmbackup", "early-1", "TransfersIncomplete")?;
     assert!(message.contains("vda: 3145728 bytes"), "{message}");
     assert_eq!(rig.get("vmbackup", "early-1")?["status"]["phase"], "Ready");
-    assert!(rig.events("early-1")?.contains(&"TransfersIncomplete".to_owned()));
+    rig.told("early-1", "TransfersIncomplete")?;
     assert_eq!(ticket.curl(&["-H", "Range: bytes=1048576-4194303"])?, "206");
     rig.phase("vmbackup", "early-1", "Succeeded")?;
     rig.host_is_clean()
@@ -152,7 +152,7 @@ fn a_vm_that_stops_ends_its_backup_and_loses_the_bitmap() -> Result<()> {
     rig.vm.destroy()?;
     rig.phase("vmbackup", "stopped-1", "Failed")?;
     rig.reason("vmbackup", "stopped-1", "VmStopped")?;
-    assert!(rig.events("stopped-1")?.contains(&"VmStopped".to_owned()));
+    rig.told("stopped-1", "VmStopped")?;
     rig.host_is_clean()?;
     assert!(rig.bitmaps("vda")?.is_empty(), "destroyed in mid-backup, libvirt keeps the checkpoint: a hole");
     rig.vm.start()

@@ -30,13 +30,6 @@ fn delete(rig: &Rig, name: &str) -> Result<()> {
     rig.delete("vmcheckpoint", name)
 }
 
-/// Waits for an Event about an object.
-fn told(rig: &Rig, name: &str, reason: &str) -> Result<()> {
-    wait_until(BOUND, &format!("an Event {reason} about {name}"), || {
-        Ok(rig.events(name)?.iter().any(|told| told == reason).then_some(()))
-    })
-}
-
 fn strict(from: &str) -> Value {
     json!({"type": "Incremental", "onInvalidCheckpoint": "Fail", "fromCheckpoint": from})
 }
@@ -74,7 +67,7 @@ fn an_orphan_is_listed_imported_used_and_purged() -> Result<()> {
     rig.state("vmbackup", "adopted-2", "Cancelled")?;
     let message = rig.reason("vmcheckpoint", lost.checkpoint(), "Imported")?;
     ensure!(message.contains("whole on every disk"), "{message}");
-    told(&rig, lost.checkpoint(), "Imported")?;
+    rig.told(lost.checkpoint(), "Imported")?;
     // it is a base like any other
     rig.vm.write("vda", 2 * MIB, MIB, 0x22)?;
     let next = chain.take("adopted-3", strict(lost.checkpoint()), || Ok(()))?;
@@ -116,7 +109,7 @@ fn another_products_bitmap_is_a_base_and_stays_its_own() -> Result<()> {
     assert_eq!((point.mode("vda").as_str(), point.restored["vda"].mostly_read()), ("Incremental", MIB));
 
     delete(&rig, "foreign-0")?;
-    told(&rig, "foreign-0", "BitmapKept")?;
+    rig.told("foreign-0", "BitmapKept")?;
     let whole = |name: &str| -> Result<bool> {
         let said = node.virsh(&["checkpoint-dumpxml", "foreign", name, "--size", "--no-domain"])?;
         Ok(said.contains("size='1048576'"))
@@ -137,7 +130,7 @@ fn another_products_bitmap_is_a_base_and_stays_its_own() -> Result<()> {
     rig.vm.destroy()?;
     rig.published("Off")?;
     delete(&rig, "foreign-2")?;
-    told(&rig, "foreign-2", "BitmapKept")?;
+    rig.told("foreign-2", "BitmapKept")?;
     let left = rig.all_bitmaps("vda")?;
     ensure!(left.contains(&theirs.to_owned()) && left.contains(&"virtnbdbackup.0".to_owned()), "{left:?}");
     wait_until(BOUND, "it to be listed as theirs", || {
@@ -156,7 +149,7 @@ fn what_cannot_be_imported_says_why_and_takes_no_bitmap_with_it() -> Result<()> 
         import(&rig, object, bitmap, more)?;
         let message = rig.reason("vmcheckpoint", object, reason)?;
         ensure!(message.contains(words), "{message}");
-        told(&rig, object, reason)?;
+        rig.told(object, reason)?;
         let conditions = rig.get("vmcheckpoint", object)?["status"]["conditions"].clone();
         let conditions = conditions.as_array().cloned().unwrap_or_default();
         ensure!(
@@ -175,7 +168,7 @@ fn what_cannot_be_imported_says_why_and_takes_no_bitmap_with_it() -> Result<()> 
     let serial = json!({"disks": [{"target": "vda", "format": "qcow2", "serial": "s"}]});
     refused("denied-serial", "another", serial, "DiskNotFound", "without a serial, not qcow2 with serial s")?;
     refused("denied-nothing", "another", json!({}), "CheckpointInvalid", "vda: libvirt says")?;
-    told(&rig, "denied-twin", "BitmapKept")?;
+    rig.told("denied-twin", "BitmapKept")?;
     assert_eq!(rig.bitmaps("vda")?, [name], "what was refused took nothing with it");
     let point = chain.take("denied-2", strict(point.checkpoint()), || Ok(()))?;
     assert_eq!(point.mode("vda"), "Incremental");

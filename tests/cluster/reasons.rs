@@ -75,7 +75,7 @@ fn what_waits_for_a_backup_says_so() -> Result<()> {
     let message = rig.reason("vmcheckpoint", &checkpoint, "CheckpointBusy")?;
     assert!(message.contains("awaited-2"), "{message}");
     rig.kubectl(&["delete", "vmbackup", "awaited-3", "awaited-2", "--timeout=60s"])?;
-    assert!(rig.events("awaited-2")?.contains(&"Deleted".to_owned()));
+    rig.told("awaited-2", "Deleted")?;
     rig.gone("vmcheckpoint", &checkpoint)?;
     assert!(rig.bitmaps("vda")?.is_empty());
     Ok(())
@@ -108,7 +108,7 @@ fn two_vms_of_one_name_are_told_apart() -> Result<()> {
     wait_until(BOUND, "the other to be published", || {
         Ok((rig.get("lvd", &name)?["spec"]["uuid"] == other.uuid).then_some(()))
     })?;
-    wait_until(BOUND, "an Event", || Ok(rig.events(&name)?.contains(&"NameTaken".to_owned()).then_some(())))?;
+    rig.told(&name, "NameTaken")?;
     let uuids = [rig.get("lvd", "twin")?, rig.get("lvd", &name)?];
     let uuids: BTreeSet<_> = uuids.iter().filter_map(|lvd| lvd["spec"]["uuid"].as_str()).collect();
     assert_eq!(uuids.len(), 2);

@@ -12,7 +12,7 @@ fn refused(rig: &Rig, name: &str, spec: Value, reason: &str, words: &str) -> Res
     rig.phase("vmbackup", name, "Failed")?;
     let message = rig.reason("vmbackup", name, reason)?;
     assert!(message.contains(words), "{reason}: {message}");
-    assert!(rig.events(name)?.contains(&reason.to_owned()), "no Event {reason}");
+    rig.told(name, reason)?;
     let status = rig.get("vmbackup", name)?["status"].clone();
     let stalled = status["conditions"].as_array().cloned().unwrap_or_default();
     assert!(

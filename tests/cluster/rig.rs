@@ -245,6 +245,13 @@ impl Rig {
         Ok(about.filter_map(|event| event["reason"].as_str().map(str::to_owned)).collect())
     }
 
+    /// Waits for an Event about an object: it comes after the status that it tells of.
+    pub fn told(&self, name: &str, reason: &str) -> Result<()> {
+        wait_until(BOUND, &format!("an Event {reason} about {name}"), || {
+            Ok(self.events(name)?.iter().any(|told| told == reason).then_some(()))
+        })
+    }
+
     /// Deletes the objects that the test made so far; what it deleted itself is gone already.
     pub fn delete_made(&self) -> Result<()> {
         self.delete_made_after(0)

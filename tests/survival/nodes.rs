@@ -1,7 +1,6 @@
 //! What a node, its agent or its room for scratch images does to backups: each with its reason, and undone again.
 
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -292,9 +291,7 @@ fn node_is_gone(rig: &Rig, checkpoint: &str) -> Result<()> {
     rig.published("NodeLost")?;
     for (kind, name) in [("vmbackup", "lost-1"), ("vmcheckpoint", checkpoint)] {
         rig.delete(kind, name)?;
-        wait_until(Duration::from_secs(20), "an Event that says what may be left", || {
-            Ok(rig.events(name)?.contains(&"HostCleanupAbandoned".to_owned()).then_some(()))
-        })?;
+        rig.told(name, "HostCleanupAbandoned")?;
     }
     Ok(())
 }

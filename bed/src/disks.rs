@@ -140,11 +140,12 @@ impl Vm {
     /// # Errors
     /// libvirt's.
     pub fn snapshot(&self, targets: &[&str]) -> Result<()> {
-        let number = fs::read_dir(&self.dir)?.count();
-        let specs = targets.iter().map(|target| {
-            let overlay = self.dir.join(format!("{target}.overlay-{number}"));
-            format!("{target},snapshot=external,file={}", overlay.display())
-        });
+        let overlay = |target: &str, number: usize| self.dir.join(format!("{target}.overlay-{number}"));
+        let is_free = |number: &usize| targets.iter().all(|target| !overlay(target, *number).exists());
+        let number = (0..).find(is_free).context("no name is free")?;
+        let specs = targets
+            .iter()
+            .map(|target| format!("{target},snapshot=external,file={}", overlay(target, number).display()));
         let list = self.hypervisor.virsh(&["domblklist", &self.name])?;
         let all = list.lines().skip(2).filter_map(|line| line.split_whitespace().next());
         // libvirt takes those along that are not mentioned

@@ -91,9 +91,20 @@ where
             _ => {}
         });
     let changes = changes.applied_objects().filter_map(|change| async {
-        change.inspect_err(|error| tracing::warn!(kind = %K::kind(&()), %error, "watching")).ok().map(Ok)
+        change.inspect_err(|error| watch_broke(&K::kind(&()), error)).ok().map(Ok)
     });
     Controller::for_stream(changes, reader)
+}
+
+/// Logs that the watch of `what` broke; it begins anew by itself. That it began at a version that the API server has no more, as it
+/// does soon after that one's start, is no news.
+pub fn watch_broke(what: &str, error: &watcher::Error) {
+    match error {
+        watcher::Error::WatchError(status) if status.code == 410 => {
+            tracing::debug!(%error, "watching {what}");
+        }
+        _ => tracing::warn!(%error, "watching {what}"),
+    }
 }
 
 /// A reconciler whose looks at objects are timed in `metrics`.

@@ -10,6 +10,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 
 use super::Context;
 use crate::clock;
+use crate::cluster;
 
 /// Since when the node is cordoned, as far as this process saw.
 #[derive(Debug, Default)]
@@ -50,7 +51,7 @@ pub async fn follow(context: &Context) {
                     context.registry.wake_domain(None);
                 }
             }
-            Err(error) => tracing::warn!(%error, "watching this node's Node"),
+            Err(error) => cluster::watch_broke("this node's Node", &error),
         }
     }
 }

@@ -10,6 +10,7 @@ use kube::{Api, ResourceExt as _};
 
 use super::Context;
 use super::backup::resolve::NodeHealth;
+use crate::cluster;
 
 /// Follows them, for ever.
 pub async fn follow(context: &Context) {
@@ -26,7 +27,7 @@ pub async fn follow(context: &Context) {
             // what was deleted while nobody watched is found by everybody's safety net
             Ok(Event::Init | Event::InitDone) => false,
             Err(error) => {
-                tracing::warn!(%error, "watching Nodes");
+                cluster::watch_broke("Nodes", &error);
                 false
             }
         };

@@ -226,10 +226,8 @@ async fn inventory(config: &Config, writer: Writer<DomainSighting>, context: &Co
                                 complete |= matches!(heard, Heard::All);
                                 heed(heard, &mut shown, context)
                             }
-                            // a watch that began at a version that the API server has no more, soon after its start, say: it begins anew
-                            Err(watcher::Error::WatchError(status)) if status.code == 410 => false,
                             Err(error) => {
-                                tracing::warn!(%error, "watching the inventory");
+                                cluster::watch_broke("the inventory", &error);
                                 false
                             }
                         };

@@ -24,6 +24,7 @@ use super::renewal::{self, Hosts};
 use super::{Folder, MAX_PEM, Shown};
 use crate::api::AUTHORITY;
 use crate::clock;
+use crate::cluster;
 use crate::probe::Sign;
 use crate::x509::Span;
 
@@ -108,7 +109,7 @@ impl Signed {
                         is_news
                     });
                 }
-                Err(error) => tracing::warn!(%error, "watching whom to trust"),
+                Err(error) => cluster::watch_broke("whom to trust", &error),
             }
         }
     }

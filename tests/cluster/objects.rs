@@ -67,8 +67,8 @@ impl Objects {
         }
     }
 
-    fn api<K: Resource<DynamicType = ()>>(&self) -> Api<DynamicObject> {
-        Api::namespaced_with(self.client.clone(), VM_NAMESPACE, &ApiResource::erase::<K>(&()))
+    fn api(&self, resource: &ApiResource) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client.clone(), VM_NAMESPACE, resource)
     }
 
     /// An object, or null.
@@ -78,7 +78,7 @@ impl Objects {
 
     /// An object, or null, of a kind that is named at run time.
     pub fn find(&self, resource: &ApiResource, name: &str) -> Result<Value> {
-        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
+        let api = self.api(resource);
         let found = self.ask(async || api.get_opt(name).await)?;
         Ok(found.map(serde_json::to_value).transpose()?.unwrap_or_default())
     }
@@ -90,7 +90,7 @@ impl Objects {
 
     /// The objects with these labels, of a kind that is named at run time.
     pub fn select(&self, resource: &ApiResource, labels: &str) -> Result<Vec<Value>> {
-        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
+        let api = self.api(resource);
         let found = self.ask(async || api.list(&ListParams::default().labels(labels)).await)?;
         Ok(found.items.into_iter().map(serde_json::to_value).collect::<Result<_, _>>()?)
     }
@@ -115,7 +115,6 @@ impl Objects {
                 hyper::Request::post(format!("{path}?fieldValidation=Strict&fieldManager=kubectl-create"));
             request.header("content-type", "application/json").body(object.to_string().into_bytes())
         };
-        request()?;
         Ok(self.ask(async || self.client.request(request().map_err(kube::Error::HttpError)?).await)?)
     }
 
@@ -126,7 +125,7 @@ impl Objects {
 
     /// Merges into an object of a kind that is named at run time, by the name that kubectl goes by: Flux takes over what is its.
     pub fn patch(&self, resource: &ApiResource, name: &str, patch: &Value) -> Result<()> {
-        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
+        let api = self.api(resource);
         let params =
             PatchParams { field_manager: Some("kubectl-patch".to_owned()), ..PatchParams::default() };
         let params = params.validation_strict();
@@ -141,7 +140,7 @@ impl Objects {
 
     /// The same, of a kind that is named at run time; answers whether there was one.
     pub fn remove(&self, resource: &ApiResource, name: &str) -> Result<bool> {
-        let api = Api::<DynamicObject>::namespaced_with(self.client.clone(), VM_NAMESPACE, resource);
+        let api = self.api(resource);
         match self.ask(async || api.delete(name, &DeleteParams::default()).await) {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
             other => Ok(other.map(|_| true)?),
@@ -174,8 +173,11 @@ impl Objects {
         let value = |object: Option<&DynamicObject>| {
             object.and_then(|object| serde_json::to_value(object).ok()).unwrap_or_default()
         };
-        let wait =
-            await_condition(self.api::<K>(), name, |object: Option<&DynamicObject>| holds(&value(object)));
+        let wait = await_condition(
+            self.api(&ApiResource::erase::<K>(&())),
+            name,
+            |object: Option<&DynamicObject>| holds(&value(object)),
+        );
         match self.runtime.block_on(async { tokio::time::timeout(bound, wait).await }) {
             Ok(found) => Ok(value(found?.as_ref())),
             Err(_) => {

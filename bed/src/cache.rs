@@ -21,7 +21,8 @@ pub fn root() -> Result<PathBuf> {
     Ok(base.join("virtmark"))
 }
 
-/// The folder `name-<key of made_from>`; made by `make` the first time, under another name until it is whole.
+/// The folder `name-<key of made_from>`; made by `make` the first time, under another name until it is whole. Others that
+/// want it meanwhile wait.
 ///
 /// # Errors
 /// What `make` says, or the file system.
@@ -32,12 +33,17 @@ pub fn keyed(name: &str, made_from: &[&str], make: impl FnOnce(&Path) -> Result<
     if whole.exists() {
         return Ok(whole);
     }
+    fs::create_dir_all(root()?)?;
+    let lock = whole.with_extension("lock");
+    let lock = fs::File::create(&lock).with_context(|| format!("cannot make {}", lock.display()))?;
+    lock.lock().context("what others make cannot be waited for")?;
+    if whole.exists() {
+        return Ok(whole);
+    }
     let partial = whole.with_extension(format!("partial-{}", std::process::id()));
     fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
-    let made = make(&partial).and_then(|()| match fs::rename(&partial, &whole) {
-        // another process was faster: its result is as good
-        Err(_) if whole.exists() => Ok(()),
-        other => other.with_context(|| format!("cannot rename to {}", whole.display())),
+    let made = make(&partial).and_then(|()| {
+        fs::rename(&partial, &whole).with_context(|| format!("cannot rename to {}", whole.display()))
     });
     if partial.exists() {
         fs::remove_dir_all(&partial)?;

@@ -44,9 +44,11 @@ impl Cell {
                 self.is_held()
             }
             Moment::Frozen => {
-                wait_until(Duration::from_secs(180), "the guest agent to answer", || {
-                    Ok(guest::is_frozen(&self.vm).ok().map(drop))
-                })?;
+                if guest::is_frozen(&self.vm).is_err() {
+                    // it was started again a moment ago, and boots for half a minute
+                    self.vm.destroy()?;
+                    guest::Image::get()?.go_on(&self.vm)?;
+                }
                 self.hold(Step::BeginIntended, &self.next_name())?;
                 // a guest that was started again has no agent for a while
                 self.backup_quiesced(if outage.stops_the_vm() { "BestEffort" } else { "Required" })?;

@@ -1,7 +1,7 @@
 //! Publishes what this node's libvirt says of its domains, as DomainSightings. The operator makes the
 //! LibvirtDomains that users see out of them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -10,12 +10,13 @@ use kube::api::{ListParams, ObjectMeta, PostParams};
 use kube::{Api, ResourceExt as _};
 use tokio::time::Instant;
 
+use super::looks::{Looks, Which};
 use super::{AgentError, Context};
 use crate::api::{self, DomainSighting, DomainSightingSpec};
 use crate::cluster;
 use crate::killpoint;
 use crate::libvirt::xml::Domain;
-use crate::libvirt::{Listed, Notice};
+use crate::libvirt::{Libvirt, LibvirtError, Listed, Notice};
 use crate::step::Step;
 
 /// As libvirt prints it.
@@ -50,10 +51,6 @@ pub fn sighting(node: &str, listed: &Listed) -> Option<DomainSightingSpec> {
 /// For how long what was read is believed: somebody may delete it.
 const BELIEVED: Duration = Duration::from_secs(60);
 
-/// How soon libvirt is looked at once more after it said that something changed. It may say so first and do it then: a VM that
-/// migrated away is listed as off when its last event comes, and is gone from the list without a further one.
-const SETTLES: Duration = Duration::from_secs(1);
-
 /// How soon what could not be published is tried again.
 const UNPUBLISHED: Duration = Duration::from_secs(1);
 
@@ -82,21 +79,26 @@ impl Inventory {
         self.read + BELIEVED
     }
 
-    /// Makes the sightings say what libvirt says now.
+    /// Makes the sightings of these domains say what libvirt says now.
     ///
     /// # Errors
-    /// When libvirt or the API server cannot be asked; the next call goes on where this one stopped.
-    async fn publish(&mut self, context: &Context) -> Result<(), AgentError> {
-        let host = context.host.clone();
-        let listed = context.blocking(move || Ok(host.libvirt.domains()?)).await?;
-        let sighted =
-            listed.iter().filter_map(|listed| Some((sighting(&context.node, listed)?, listed.qemu)));
-        let sighted: Vec<_> = sighted.collect();
-        context.survey.seen(sighted.iter().map(|(spec, qemu)| (spec, *qemu)));
-        let seen: BTreeMap<String, DomainSightingSpec> =
-            sighted.into_iter().map(|(spec, _)| (spec.uuid.clone(), spec)).collect();
-        let gone: Vec<String> =
-            self.written.keys().filter(|uuid| !seen.contains_key(*uuid)).cloned().collect();
+    /// When libvirt or the API server cannot be asked; a call for all goes on where this one stopped.
+    async fn publish(&mut self, which: Which, context: &Context) -> Result<(), AgentError> {
+        let (host, looked_at) = (context.host.clone(), which.clone());
+        let listed = context.blocking(move || Ok(listed(&host.libvirt, &looked_at)?)).await?;
+        let mut seen = BTreeMap::new();
+        for listed in listed {
+            if let Some(spec) = sighting(&context.node, &listed) {
+                context.survey.seen(&spec, listed.qemu);
+                seen.insert(spec.uuid.clone(), spec);
+            }
+        }
+        let is_gone = |uuid: &str| match &which {
+            Which::These(these) => these.contains(uuid) && !seen.contains_key(uuid),
+            Which::All => !seen.contains_key(uuid),
+        };
+        context.survey.gone(is_gone);
+        let gone: Vec<String> = self.written.keys().filter(|uuid| is_gone(uuid)).cloned().collect();
         for uuid in gone {
             cluster::delete(&self.api, &api::sighting_name(&context.node, &uuid), None).await?;
             killpoint::reached(Step::SightingDeleted);
@@ -162,31 +164,11 @@ impl Inventory {
     }
 }
 
-/// When libvirt is looked at again although it says nothing. Pure.
-struct Looks {
-    /// By then in any case.
-    due: Instant,
-    /// When what was heard of last has settled.
-    settles: Option<Instant>,
-}
-
-impl Looks {
-    fn from(due: Instant) -> Self {
-        Self { due, settles: None }
-    }
-
-    fn next(&self) -> Instant {
-        self.settles.map_or(self.due, |settles| settles.min(self.due))
-    }
-
-    /// libvirt spoke: it is looked at now, and once more when that has settled.
-    fn heard(&mut self, now: Instant) {
-        self.settles = Some(now + SETTLES);
-    }
-
-    /// A look has come; whether it is the one that follows a word of libvirt's.
-    fn settled(&mut self, now: Instant) -> bool {
-        self.settles.take_if(|settles| *settles <= now).is_some()
+/// What libvirt has of these domains.
+fn listed(libvirt: &Libvirt, which: &Which) -> Result<Vec<Listed>, LibvirtError> {
+    match which {
+        Which::These(these) => these.iter().filter_map(|uuid| libvirt.lookup(uuid).transpose()).collect(),
+        Which::All => libvirt.domains(),
     }
 }
 
@@ -210,21 +192,23 @@ pub async fn follow(
                 continue;
             }
         };
-        match heard {
+        let (mut which, mut heard) = match heard {
             Ok(None) => return,
-            Ok(Some(notice)) => {
-                heed(context, notice);
-                looks.heard(Instant::now());
-            }
-            Err(_) if looks.settled(Instant::now()) => {}
-            // the safety net, when libvirt says nothing
-            Err(_) if inventory.is_some() => context.registry.wake_domain(None),
-            Err(_) => {}
-        }
+            Ok(Some(notice)) => (Which::none(), heed(context, notice)),
+            Err(_) => (looks.settled(Instant::now()).unwrap_or(Which::All), Which::none()),
+        };
         while let Ok(more) = notices.try_recv() {
-            heed(context, more);
+            heard.join(heed(context, more));
         }
-        looks.due = match publish(&mut inventory, context, namespace).await {
+        if which == Which::All && inventory.is_some() {
+            // the safety net, when libvirt says nothing
+            context.registry.wake_domain(None);
+        }
+        if heard != Which::none() {
+            looks.heard(&heard, Instant::now());
+            which.join(heard);
+        }
+        looks.due = match publish(&mut inventory, which, context, namespace).await {
             Ok(due) => due,
             Err(error) => {
                 tracing::warn!(%error, "the inventory was not published");
@@ -235,26 +219,37 @@ pub async fn follow(
     }
 }
 
-/// Looks again at what libvirt says has changed.
-fn heed(context: &Context, notice: Notice) {
+/// Has backups look again at what libvirt says has changed; answers which domains that are.
+fn heed(context: &Context, notice: Notice) -> Which {
     match notice {
-        Notice::Domain(uuid) => context.registry.wake_domain(Some(&uuid)),
-        Notice::Everything => context.registry.wake_domain(None),
-        Notice::Disconnected(why) => tracing::warn!(why, "libvirt cannot be reached"),
+        Notice::Domain(uuid) => {
+            context.registry.wake_domain(Some(&uuid));
+            Which::These(BTreeSet::from([uuid]))
+        }
+        Notice::Everything => {
+            context.registry.wake_domain(None);
+            Which::All
+        }
+        Notice::Disconnected(why) => {
+            tracing::warn!(why, "libvirt cannot be reached");
+            Which::All
+        }
     }
 }
 
-/// Publishes what libvirt says; answers when to do so again although libvirt says nothing.
+/// Publishes what libvirt says of these domains; answers when to do so for all although libvirt says nothing.
 async fn publish(
     inventory: &mut Option<Inventory>,
+    which: Which,
     context: &Context,
     namespace: &str,
 ) -> Result<Instant, AgentError> {
-    let loaded = match inventory {
-        Some(loaded) if Instant::now() < loaded.due() => loaded,
-        _ => inventory.insert(Inventory::load(context, namespace).await?),
+    let (loaded, which) = match inventory {
+        Some(loaded) if Instant::now() < loaded.due() => (loaded, which),
+        // what was written before may be of domains that are gone since
+        _ => (inventory.insert(Inventory::load(context, namespace).await?), Which::All),
     };
-    loaded.publish(context).await?;
+    loaded.publish(which, context).await?;
     Ok(loaded.due())
 }
 
@@ -279,26 +274,6 @@ mod tests {
     fn seen(from: &str, to: &str) -> Option<DomainSightingSpec> {
         let xml = include_str!("../../tests/golden/domain-live.xml").replace(from, to);
         sighting("node-a", &Listed { state: DomainState::Running, qemu: Some(1), xml, sizes: vec![] })
-    }
-
-    #[test]
-    fn what_libvirt_said_last_is_looked_at_twice() {
-        let start = Instant::now();
-        let mut looks = Looks::from(start + BELIEVED);
-        assert_eq!(looks.next(), start + BELIEVED);
-        looks.heard(start);
-        assert_eq!(looks.next(), start + SETTLES);
-        // while it goes on, each word is looked at as it comes
-        looks.heard(start + SETTLES / 2);
-        assert_eq!(looks.next(), start + SETTLES + SETTLES / 2);
-        assert!(looks.settled(looks.next()));
-        assert_eq!(looks.next(), start + BELIEVED);
-        assert!(!looks.settled(start + BELIEVED));
-        // what could not be published is not put off by it, and is not the second look
-        looks.due = start + UNPUBLISHED;
-        looks.heard(start + UNPUBLISHED / 2);
-        assert_eq!(looks.next(), start + UNPUBLISHED);
-        assert!(!looks.settled(looks.next()));
     }
 
     #[test]

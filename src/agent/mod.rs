@@ -22,6 +22,7 @@ mod health;
 mod heartbeat;
 mod image;
 pub mod inventory;
+mod looks;
 mod metrics;
 mod registry;
 mod run;

@@ -8,7 +8,7 @@
 mod look;
 mod report;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -74,17 +74,15 @@ impl Survey {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes the domains that libvirt has, each with libvirt's number of its QEMU.
-    pub fn seen<'a>(&self, all: impl IntoIterator<Item = (&'a DomainSightingSpec, Option<u32>)>) {
+    /// Notes a domain that libvirt has, with libvirt's number of its QEMU.
+    pub fn seen(&self, spec: &DomainSightingSpec, qemu: Option<u32>) {
         let mut domains = self.domains();
-        let mut there = HashSet::new();
-        for (spec, qemu) in all {
-            there.insert(spec.uuid.as_str());
-            let top = |disk: &crate::api::DomainDisk| disk.backing_chain.first().map(|top| top.file.clone());
-            let disks = spec.disks.iter().map(|disk| (disk.target.clone(), top(disk))).collect();
-            let like = Likeness { state: spec.state, qemu, disks };
-            let soon = Instant::now() + SETTLED;
-            let Some(known) = domains.get_mut(&spec.uuid) else {
+        let top = |disk: &crate::api::DomainDisk| disk.backing_chain.first().map(|top| top.file.clone());
+        let disks = spec.disks.iter().map(|disk| (disk.target.clone(), top(disk))).collect();
+        let like = Likeness { state: spec.state, qemu, disks };
+        let soon = Instant::now() + SETTLED;
+        match domains.get_mut(&spec.uuid) {
+            None => {
                 let new = Surveyed {
                     due: soon,
                     like,
@@ -95,17 +93,20 @@ impl Survey {
                     turn: Arc::default(),
                 };
                 domains.insert(spec.uuid.clone(), new);
-                self.wake.notify_one();
-                continue;
-            };
-            if known.like != like {
+            }
+            Some(known) if known.like != like => {
                 known.like = like;
                 known.headers = None;
                 known.due = known.due.min(soon);
-                self.wake.notify_one();
             }
+            Some(_) => return,
         }
-        domains.retain(|uuid, _| there.contains(uuid.as_str()));
+        self.wake.notify_one();
+    }
+
+    /// Forgets the domains that libvirt has no more.
+    pub fn gone(&self, is_gone: impl Fn(&str) -> bool) {
+        self.domains().retain(|uuid, _| !is_gone(uuid));
     }
 
     /// Has a domain looked at within `within`, its images too.
@@ -322,7 +323,7 @@ mod tests {
     #[test]
     fn a_domain_is_looked_at_when_it_changes_and_when_it_is_asked_for() {
         let (survey, hour) = (Survey::default(), Duration::from_secs(3600));
-        let seen = |state, qemu| survey.seen([(&domain(state), qemu)]);
+        let seen = |state, qemu| survey.seen(&domain(state), qemu);
         assert_eq!(survey.next(), Err(None));
         seen("Running", Some(1));
         assert!(due_in(&survey) <= SETTLED, "it is new");
@@ -338,14 +339,14 @@ mod tests {
         survey.ask(UUID, Duration::ZERO);
         assert_eq!(survey.next(), Ok(UUID.to_owned()));
         survey.ask("another", Duration::ZERO);
-        survey.seen([]);
+        survey.gone(|_| true);
         assert_eq!(survey.next(), Err(None), "it is gone");
     }
 
     #[test]
     fn a_checkpoint_that_is_not_judged_yet_is_waited_for_less_and_less() {
         let (survey, cadence) = (Survey::default(), Duration::from_secs(300));
-        survey.seen([(&domain("Running"), Some(1))]);
+        survey.seen(&domain("Running"), Some(1));
         let pauses: Vec<_> = (0..9).map(|_| survey.again(UUID, true, cadence).as_secs()).collect();
         assert_eq!(pauses, [2, 4, 8, 16, 32, 64, 128, 256, 300]);
         survey.ask(UUID, AFTER_BACKUP);

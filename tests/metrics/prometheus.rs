@@ -31,6 +31,7 @@ pub fn get(address: &str, path: &str) -> Result<(u16, String)> {
 pub struct Prometheus {
     process: Child,
     address: String,
+    targets: usize,
     _dir: tempfile::TempDir,
 }
 
@@ -39,6 +40,7 @@ impl Prometheus {
         let dir = tempfile::tempdir()?;
         let daemons = std::iter::once(&bed.operator).chain(&bed.agents);
         let targets = daemons.map(health_of).collect::<Result<Vec<_>>>()?;
+        let count = targets.len();
         let config = json!({
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
             "rule_files": [fs::canonicalize(rules)?],
@@ -56,7 +58,7 @@ impl Prometheus {
             .stdin(Stdio::null())
             .spawn()
             .context("prometheus: run `make test`")?;
-        let prometheus = Self { process, address, _dir: dir };
+        let prometheus = Self { process, address, targets: count, _dir: dir };
         wait_until(BOUND, "Prometheus to be ready", || {
             Ok(get(&prometheus.address, "/-/ready").is_ok_and(|(status, _)| status == 200).then_some(()))
         })?;
@@ -70,7 +72,8 @@ impl Prometheus {
             let targets = targets["activeTargets"].as_array().cloned().unwrap_or_default();
             let bad = targets.iter().find(|target| target["health"] == "down");
             ensure!(bad.is_none(), "a target cannot be scraped: {bad:?}");
-            Ok(targets.iter().all(|target| target["health"] == "up").then_some(()))
+            let up = targets.iter().filter(|target| target["health"] == "up");
+            Ok((up.count() == self.targets).then_some(()))
         })
     }
 

@@ -137,16 +137,16 @@ impl Context {
         Ok(tokio::task::spawn_blocking(call).await.map_err(|_| AgentError::Lost)??)
     }
 
-    /// The other node where a domain runs, if there is one.
+    /// The nodes that say that a domain runs there.
     ///
     /// # Errors
     /// When the API server cannot be asked.
-    pub async fn elsewhere(&self, vm_uuid: &str) -> Result<Option<String>, AgentError> {
+    pub async fn told_by(&self, vm_uuid: &str) -> Result<Vec<String>, AgentError> {
         let sightings = Api::<DomainSighting>::namespaced(self.client.clone(), &self.system_namespace);
         let seen =
             sightings.list(&ListParams::default()).await?.items.into_iter().map(|sighting| sighting.spec);
-        let mut others = seen.filter(|seen| seen.uuid == vm_uuid && seen.node_name != self.node);
-        Ok(others.find(|other| other.state.is_active()).map(|other| other.node_name))
+        let active = seen.filter(|seen| seen.uuid == vm_uuid && seen.state.is_active());
+        Ok(active.map(|seen| seen.node_name).collect())
     }
 
     /// The NBD export of a disk of a backup that runs.

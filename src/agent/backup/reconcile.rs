@@ -292,7 +292,9 @@ async fn gather(
     };
     let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
     let starting = record.life.stage < Stage::Begun && record.life.outcome.is_none();
-    let elsewhere = if starting && qemu.is_none() { context.elsewhere(&record.vm_uuid).await? } else { None };
+    let nodes = if starting && qemu.is_none() { context.told_by(&record.vm_uuid).await? } else { Vec::new() };
+    // while this node has not told yet that it has the VM no more, a new backup would be bound to it again
+    let elsewhere = if nodes.contains(&context.node) { None } else { nodes.into_iter().next() };
     let room = if record.life.stage == Stage::New {
         let host = context.host.clone();
         let usage = context.blocking(move || Ok(host.state.scratch_usage()?)).await?;

@@ -265,7 +265,9 @@ async fn examine(
     };
     let Some(mut answer) = ask(false).await? else { return Ok(Looked::NotNow) };
     if answer.found.is_doubtful(&wanted) {
-        if !answer.active && context.elsewhere(vm_uuid).await?.is_some() {
+        let runs_elsewhere =
+            !answer.active && context.told_by(vm_uuid).await?.iter().any(|node| *node != context.node);
+        if runs_elsewhere {
             answer.found = answer.found.unconfirmed();
         } else {
             tokio::time::sleep(SECOND_LOOK).await;

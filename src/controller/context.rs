@@ -112,6 +112,8 @@ pub struct Context {
     pub(super) published: Mutex<Vec<Vm>>,
     /// The last sign of life of each node's agent.
     pub(super) heartbeats: Mutex<BTreeMap<String, Heartbeat>>,
+    /// The Nodes, watched.
+    pub(super) nodes: nodes::Nodes,
     /// Wakes the inventory: a node came, went, or changed its health; a checkpoint came or went.
     pub(super) inventory: tokio::sync::Notify,
     pub(super) failures: Failures,
@@ -175,6 +177,9 @@ impl Context {
     /// # Errors
     /// When the API server cannot be asked.
     pub async fn node_health(&self, name: &str) -> Result<NodeHealth, OperatorError> {
+        if let Some(health) = self.nodes.health(name) {
+            return Ok(health);
+        }
         let node = Api::<Node>::all(self.client.clone()).get_opt(name).await?;
         Ok(node.map_or(NodeHealth::Gone, |node| nodes::health(&node)))
     }

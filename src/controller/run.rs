@@ -99,6 +99,7 @@ async fn work(client: &Client, cluster: &str, config: &Config, role: &Role) {
         metrics: Arc::clone(&role.metrics),
         published: Mutex::default(),
         heartbeats: Mutex::default(),
+        nodes: nodes::Nodes::default(),
         inventory: tokio::sync::Notify::new(),
         failures: super::context::Failures::default(),
         secrets_deleted: super::context::Names::default(),

@@ -207,13 +207,19 @@ impl Tickets {
                 let ended = self.0.ended.notified();
                 tokio::pin!(ended);
                 ended.as_mut().enable();
-                if self.lock().get(transfer).is_none_or(|entry| entry.active.is_empty()) {
+                if !self.is_read(transfer) {
                     return;
                 }
                 ended.await;
             }
         };
         tokio::time::timeout(within, drained).await.is_ok()
+    }
+
+    /// Whether an operation runs on the transfer's ticket.
+    #[must_use]
+    pub fn is_read(&self, transfer: &str) -> bool {
+        self.lock().get(transfer).is_some_and(|entry| !entry.active.is_empty())
     }
 
     /// What is known of a transfer's ticket; `None` when there is none.

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use virtmark_bed::{Disk, compare, wait_until};
 
@@ -99,6 +99,32 @@ fn finalize_is_not_obeyed_while_bytes_are_unread() -> Result<()> {
     rig.told("early-1", "TransfersIncomplete")?;
     assert_eq!(ticket.curl(&["-H", "Range: bytes=1048576-4194303"])?, "206");
     rig.phase("vmbackup", "early-1", "Succeeded")?;
+    rig.host_is_clean()
+}
+
+#[test]
+fn a_finalize_waits_for_who_still_reads_what_need_not_be_read() -> Result<()> {
+    let rig = Rig::running("slow", [Disk::qcow2("vda", 64 * MIB)])?;
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    rig.backup("slow-1", json!({}))?;
+    rig.phase("vmbackup", "slow-1", "Ready")?;
+    let then = rig.vm.remember("vda")?;
+    let (ticket, image) = (rig.ticket("slow-1-vda")?, rig.files.path().join("slow.raw"));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| ticket.curl(&["--limit-rate", "16M", "-o", &image.to_string_lossy()]));
+        wait_until(BOUND, "the reader to be among the zeroes", || {
+            Ok(image.metadata().is_ok_and(|image| image.len() > 2 * MIB).then_some(()))
+        })?;
+        rig.state("vmbackup", "slow-1", "Finalized")?;
+        let message = rig.reason("vmbackup", "slow-1", "TransfersIncomplete")?;
+        ensure!(message.contains("a client's request"), "{message}");
+        ensure!(rig.get("vmbackup", "slow-1")?["status"]["phase"] == "Ready");
+        let said = reader.join().map_err(|_| anyhow::anyhow!("the reader died"))??;
+        ensure!(said == "200", "HTTP {said}");
+        Ok(())
+    })?;
+    compare(&then, &image, "raw")?;
+    rig.phase("vmbackup", "slow-1", "Succeeded")?;
     rig.host_is_clean()
 }
 

@@ -45,6 +45,8 @@ pub struct Facts<'a> {
     pub lost_job: bool,
     /// Per disk, bytes that must be read and were not; known only once finalize was asked for.
     pub missing: Option<&'a [(String, u64)]>,
+    /// A client's request is being answered.
+    pub reading: bool,
     /// When a client last asked for something, or the backup became Ready.
     pub last_request: Timestamp,
     /// The time.
@@ -88,11 +90,19 @@ pub fn ending(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Out
         }
         return None;
     };
-    if spec.state == DesiredState::Finalized
-        && facts.missing.is_some_and(|m| m.iter().all(|(_, bytes)| *bytes == 0))
-    {
+    let cut_short = cut_short(spec, ready_at, facts);
+    let is_read = spec.state == DesiredState::Finalized
+        && facts.missing.is_some_and(|m| m.iter().all(|(_, bytes)| *bytes == 0));
+    // a client that asked for more than what must be read, for zeroes say, gets it in the time that there is
+    if is_read && (!facts.reading || cut_short.is_some()) {
         return Some(Outcome::Succeeded);
     }
+    cut_short
+}
+
+/// Why a backup that is Ready ends, whatever its clients do.
+fn cut_short(spec: &VmBackupSpec, ready_at: Timestamp, facts: &Facts<'_>) -> Option<Outcome> {
+    let failed = |reason, message: String| Some(Outcome::Failed(Because::new(reason, message)));
     if let Some(because) = facts.exhausted {
         return Some(Outcome::Failed(because.clone()));
     }
@@ -237,6 +247,7 @@ mod tests {
             other_job: false,
             lost_job: false,
             missing: None,
+            reading: false,
             last_request: at(10),
             now: at(now),
         }
@@ -279,6 +290,20 @@ mod tests {
                 r#"{"state":"Finalized"}"#,
                 &up,
                 Facts { missing: Some(&whole), ..facts(11) },
+                Some("Succeeded"),
+            ),
+            (
+                "finalized, read, and a client is not done",
+                r#"{"state":"Finalized"}"#,
+                &up,
+                Facts { missing: Some(&whole), reading: true, ..facts(11) },
+                None,
+            ),
+            (
+                "finalized, read, and a client was not done in time",
+                r#"{"state":"Finalized"}"#,
+                &up,
+                Facts { missing: Some(&whole), reading: true, last_request: at(1009), ..facts(1010) },
                 Some("Succeeded"),
             ),
             ("read, not finalized", "{}", &up, Facts { missing: Some(&whole), ..facts(11) }, None),

@@ -220,6 +220,7 @@ struct Gathered {
     other_job: bool,
     lost_job: bool,
     missing: Option<Vec<(String, u64)>>,
+    reading: bool,
     last_request: Option<Timestamp>,
     absent_since: Option<Timestamp>,
     elsewhere: Option<String>,
@@ -257,6 +258,7 @@ impl Gathered {
             other_job: self.other_job,
             lost_job: self.lost_job,
             missing: self.missing.as_deref(),
+            reading: self.reading,
             last_request: asked.max(life.ready_at).unwrap_or(now),
             now,
         }
@@ -319,6 +321,7 @@ async fn gather(
         other_job: job == Job::Other,
         lost_job: job == Job::Lost,
         missing,
+        reading: live.tickets().iter().any(|transfer| context.tickets.is_read(transfer)),
         last_request: context.last_request(live, clock::now()),
         hold: None,
     })

@@ -62,7 +62,12 @@ fn ready_because(observed: &Observed<'_>, phase: Phase) -> Because {
         }
         (Phase::Ready, None) if observed.wish == DesiredState::Finalized => {
             let unread = incomplete(observed.missing);
-            Because::new(Reason::TransfersIncomplete, format!("finalized, but not yet read: {unread}"))
+            let message = match unread.as_str() {
+                "" => "finalized, and all is read that must be: a client's request is not answered yet"
+                    .to_owned(),
+                unread => format!("finalized, but not yet read: {unread}"),
+            };
+            Because::new(Reason::TransfersIncomplete, message)
         }
         (Phase::Ready, None) => Because::new(Reason::AwaitingFinalize, "the disks can be read"),
         _ => observed

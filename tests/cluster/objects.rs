@@ -4,14 +4,17 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use futures::StreamExt as _;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Event, Secret};
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
-use kube::runtime::wait::await_condition;
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::watch_object;
 use kube::{Api, Client, Resource};
 use serde_json::{Value, json};
 use virtmark::api::{ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
 use virtmark_bed::Bed;
-use virtmark_bed::component::VM_NAMESPACE;
+use virtmark_bed::component::{SYSTEM_NAMESPACE, VM_NAMESPACE};
 
 use super::Ticket;
 
@@ -133,6 +136,13 @@ impl Objects {
         Ok(())
     }
 
+    /// Who leads of the operators.
+    pub fn leader(&self) -> Result<Option<String>> {
+        let leases = Api::<Lease>::namespaced(self.client.clone(), SYSTEM_NAMESPACE);
+        let lease = self.ask(async || leases.get_opt("virtmark-operator").await)?;
+        Ok(lease.and_then(|lease| lease.spec?.holder_identity))
+    }
+
     /// Has an object deleted, and does not wait for it.
     pub fn delete<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
         self.remove(&ApiResource::erase::<K>(&()), name).map(drop)
@@ -170,19 +180,41 @@ impl Objects {
         what: &str,
         holds: impl Fn(&Value) -> bool,
     ) -> Result<Value> {
-        let value = |object: Option<&DynamicObject>| {
-            object.and_then(|object| serde_json::to_value(object).ok()).unwrap_or_default()
+        self.wait(&ApiResource::erase::<K>(&()), bound, name, what, |object| Ok(holds(object)))
+    }
+
+    /// The same of a kind that is named at run time; what it comes to may be an error. The object is watched, not asked for
+    /// again and again: that was most of what the tests cost the API server.
+    pub fn wait(
+        &self,
+        resource: &ApiResource,
+        bound: Duration,
+        name: &str,
+        what: &str,
+        mut holds: impl FnMut(&Value) -> Result<bool>,
+    ) -> Result<Value> {
+        let mut last = self.find(resource, name)?;
+        if holds(&last)? {
+            return Ok(last);
+        }
+        let mut seen = Box::pin(watch_object(self.api(resource), name).default_backoff());
+        let held = async {
+            while let Some(seen) = seen.next().await {
+                // while the API server is away it is watched again
+                if let Ok(object) = seen {
+                    last = serde_json::to_value(object)?;
+                    if holds(&last)? {
+                        return Ok(());
+                    }
+                }
+            }
+            Err(anyhow!("nobody watches {name} any more"))
         };
-        let wait = await_condition(
-            self.api(&ApiResource::erase::<K>(&())),
-            name,
-            |object: Option<&DynamicObject>| holds(&value(object)),
-        );
-        match self.runtime.block_on(async { tokio::time::timeout(bound, wait).await }) {
-            Ok(found) => Ok(value(found?.as_ref())),
+        match self.runtime.block_on(async { tokio::time::timeout(bound, held).await }) {
+            Ok(held) => held.map(|()| last),
             Err(_) => {
-                let last = self.get::<K>(name)?;
-                Err(anyhow!("waited {} s in vain for {name} to {what}: {last}", bound.as_secs()))
+                let kind = &resource.kind;
+                Err(anyhow!("waited {} s in vain for {kind} {name} to {what}: {last}", bound.as_secs()))
             }
         }
     }

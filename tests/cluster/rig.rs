@@ -25,7 +25,7 @@ pub const BOUND: Duration = Duration::from_secs(60);
 pub struct Rig {
     pub bed: Bed,
     pub vm: Vm,
-    objects: Objects,
+    pub objects: Objects,
     made: std::cell::RefCell<Vec<(&'static str, String)>>,
     pub files: tempfile::TempDir,
 }
@@ -133,7 +133,7 @@ impl Rig {
 
     /// Waits for a phase; answers the status. Another end than the one waited for is an error at once.
     pub fn phase(&self, kind: &str, name: &str, phase: &str) -> Result<Value> {
-        self.until(kind, name, &format!("phase {phase}"), |status| {
+        self.until(kind, name, &format!("have phase {phase}"), |status| {
             let now = status["phase"].as_str().unwrap_or_default();
             if now != phase && ["Succeeded", "Failed", "Cancelled"].contains(&now) {
                 bail!("{kind} {name} is {now}, not {phase}: {}", ready(status));
@@ -144,8 +144,9 @@ impl Rig {
 
     /// Waits for a reason of the Ready condition; answers its message.
     pub fn reason(&self, kind: &str, name: &str, reason: &str) -> Result<String> {
-        let status = self
-            .until(kind, name, &format!("reason {reason}"), |status| Ok(ready(status)["reason"] == reason))?;
+        let status = self.until(kind, name, &format!("have reason {reason}"), |status| {
+            Ok(ready(status)["reason"] == reason)
+        })?;
         Ok(ready(&status)["message"].as_str().unwrap_or_default().to_owned())
     }
 
@@ -156,12 +157,9 @@ impl Rig {
         what: &str,
         holds: impl Fn(&Value) -> Result<bool>,
     ) -> Result<Value> {
-        let mut last = Value::Null;
-        wait_until(BOUND, &format!("{kind} {name} to have {what}"), || {
-            last = self.get(kind, name)?["status"].clone();
-            Ok(holds(&last)?.then(|| last.clone()))
-        })
-        .with_context(|| format!("its status: {last}"))
+        let object =
+            self.objects.wait(&known(kind)?, BOUND, name, what, |object| holds(&object["status"]))?;
+        Ok(object["status"].clone())
     }
 
     /// The name of the VmCheckpoint that a backup makes.
@@ -172,9 +170,7 @@ impl Rig {
 
     /// Waits until an object is gone.
     pub fn gone(&self, kind: &str, name: &str) -> Result<()> {
-        wait_until(BOUND, &format!("{kind} {name} to go"), || {
-            Ok(self.get(kind, name)?.is_null().then_some(()))
-        })
+        self.objects.wait(&known(kind)?, BOUND, name, "go", |object| Ok(object.is_null())).map(drop)
     }
 
     /// What a client needs of a transfer: its URL, the CA's file, the unix socket.

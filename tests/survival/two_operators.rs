@@ -55,10 +55,7 @@ impl Pair {
     /// The leader of the two, who must be the bed's own operator when `own`.
     fn leads(&self, own: bool) -> Result<bool> {
         let daemon = if own { &self.rig.bed.operator } else { &self.second };
-        let lease = ["-n", component::SYSTEM_NAMESPACE, "get", "lease", "virtmark-operator", "-o"];
-        let holder =
-            self.rig.bed.kubectl().run(&[&lease[..], &["jsonpath={.spec.holderIdentity}"]].concat())?;
-        Ok(holder.trim() == daemon.name)
+        Ok(self.rig.objects.leader()?.as_ref() == Some(&daemon.name))
     }
 
     fn until_leads(&self, own: bool) -> Result<()> {

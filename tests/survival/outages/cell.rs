@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use kube::Resource;
+use kube::core::ApiResource;
 use serde_json::{Value, json};
 use virtmark::api::{ImageTransfer, VmBackup, VmCheckpoint};
 use virtmark::outage::Moment;
@@ -101,27 +102,31 @@ impl Cell {
 
     /// Waits for a phase of a backup, and for a reason if one is given. Another end is an error at once.
     pub(super) fn phase(&self, name: &str, phase: &str, reason: Option<&str>) -> Result<()> {
-        let mut last = Value::Null;
-        let found = self.until(&format!("{name} to be {phase} {reason:?}"), || {
-            last = self.objects.get::<VmBackup>(name)?["status"].clone();
-            let (now, why) = (last["phase"].as_str().unwrap_or_default(), ready(&last));
+        let what = format!("be {phase} {reason:?}");
+        self.wait::<VmBackup>(name, &what, |object| {
+            let status = &object["status"];
+            let (now, why) = (status["phase"].as_str().unwrap_or_default(), ready(status));
             if now == phase && reason.is_none_or(|reason| why["reason"] == reason) {
-                return Ok(Some(()));
+                return Ok(true);
             }
             if ["Succeeded", "Failed"].contains(&now) {
-                bail!("{name} is {now}, not {phase} {reason:?}: {why}");
+                bail!("{name} is {now}, not {phase} {reason:?}: {status}");
             }
-            Ok(None)
-        });
-        found.with_context(|| format!("its status: {last}"))
+            Ok(false)
+        })
     }
 
     pub(super) fn gone<K: Resource<DynamicType = ()>>(&self, name: &str) -> Result<()> {
-        let kind = K::kind(&());
-        self.until(&format!("{kind} {name} to go"), || {
-            Ok(self.objects.get::<K>(name)?.is_null().then_some(()))
-        })
-        .with_context(|| format!("{:?}", self.objects.get::<K>(name)))
+        self.wait::<K>(name, "go", |object| Ok(object.is_null()))
+    }
+
+    fn wait<K: Resource<DynamicType = ()>>(
+        &self,
+        name: &str,
+        what: &str,
+        holds: impl FnMut(&Value) -> Result<bool>,
+    ) -> Result<()> {
+        self.objects.wait(&ApiResource::erase::<K>(&()), BOUND, name, what, holds).map(drop)
     }
 
     pub(super) fn ticket(&self, backup: &str) -> Result<Ticket> {

@@ -292,6 +292,10 @@ async fn coverage_claims_nothing_that_the_kernel_did_not_take() {
     let server = Server::start(directory.path()).await;
     stall(server.connect().await.stream, &server, "unix", &nbd).await;
 
+    stall(tls(&server).await, &server, "tls", &nbd).await;
+}
+
+async fn tls(server: &Server) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
     let mut roots = rustls::RootCertStore::empty();
     let ca: rustls::pki_types::CertificateDer<'_> =
         rustls::pki_types::pem::PemObject::from_pem_file(&server.ca).unwrap();
@@ -305,5 +309,31 @@ async fn coverage_claims_nothing_that_the_kernel_did_not_take() {
     let stream = tokio::net::TcpStream::connect(("127.0.0.1", server.port)).await.unwrap();
     let name = "localhost".try_into().unwrap();
     let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
-    stall(connector.connect(name, stream).await.unwrap(), &server, "tls", &nbd).await;
+    connector.connect(name, stream).await.unwrap()
+}
+
+/// A server that is told to stop leaves a client that is not done where the coverage is: it goes on from what it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_leaves_a_client_where_the_coverage_is() {
+    use tokio::io::AsyncWriteExt;
+    let directory = tempfile::tempdir().unwrap();
+    let (_, nbd) = qcow2_with_bitmap(directory.path());
+    let server = Server::start(directory.path()).await;
+    let (id, coverage) = server.ticket("stopped", &nbd.export(None), SIZE);
+    let mut stream = tls(&server).await;
+    stream.write_all(format!("GET /images/{id} HTTP/1.1\r\n\r\n").as_bytes()).await.unwrap();
+    let (mut received, mut part) = (Vec::new(), vec![0; 64 << 10]);
+    let mut stop = Some(server);
+    while let Ok(got @ 1..) = stream.read(&mut part).await {
+        received.extend_from_slice(&part[..got]);
+        if received.len() > 1 << 20 {
+            drop(stop.take());
+        }
+        // a slow one: it is far from done when the server's patience ends
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let head = received.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap() + 4;
+    let body = (received.len() - head) as u64;
+    assert!(body < SIZE, "it was done before");
+    assert_eq!(coverage.transferred(), body);
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! body yields bytes a..b --> pending --hyper writes all it has--> poll_flush is Ready --> coverage.mark(a, b)
 //!                               \--connection cut--> forgotten: the bytes count as not served
+//!                               \--server stops--> nothing more is yielded, and it is cut when all is in the kernel
 //! ```
 //!
 //! **Bytes count as served when the kernel took them.** hyper (1.12, `proto/h1/io.rs`) calls the socket's
@@ -52,6 +53,7 @@ pub(super) struct Connection {
     progress: AtomicU64,
     authorized: AtomicBool,
     woken: Notify,
+    flushes: Notify,
     unread: AtomicBool,
     pending: Mutex<Pending>,
     slots: Mutex<Vec<(String, Arc<Slot>)>>,
@@ -65,6 +67,8 @@ struct Pending {
     ranges: Vec<(Arc<SharedCoverage>, u64, u64)>,
     bytes: u64,
     finished: Vec<Operation>,
+    /// Nothing more is yielded.
+    closed: bool,
     /// Of the body that waits for its bytes to be taken.
     waker: Option<Waker>,
 }
@@ -77,6 +81,7 @@ impl Connection {
             progress: AtomicU64::new(0),
             authorized: AtomicBool::new(false),
             woken: Notify::new(),
+            flushes: Notify::new(),
             unread: AtomicBool::new(false),
             pending: Mutex::default(),
             slots: Mutex::default(),
@@ -127,7 +132,7 @@ impl Connection {
     /// with a slow client its buffers are never empty, and nothing would count as served until the end.
     pub(super) fn poll_taken(&self, cx: &Context<'_>) -> Poll<()> {
         let mut pending = self.pending();
-        if pending.bytes < UNTAKEN {
+        if pending.bytes < UNTAKEN && !pending.closed {
             return Poll::Ready(());
         }
         pending.waker = Some(cx.waker().clone());
@@ -139,14 +144,35 @@ impl Connection {
         self.pending().finished.push(operation);
     }
 
+    /// Gives hyper no more bytes of any body.
+    pub(super) fn give_no_more(&self) {
+        self.pending().closed = true;
+    }
+
+    /// Waits until all that was given to hyper is in the kernel.
+    pub(super) async fn settled(&self) {
+        loop {
+            let flushed = self.flushes.notified();
+            if self.pending().bytes == 0 {
+                return;
+            }
+            flushed.await;
+        }
+    }
+
     /// Everything given to hyper so far is in the kernel.
     fn flushed(&self) {
-        let Pending { ranges, bytes, finished, waker } = std::mem::take(&mut *self.pending());
+        let mut pending = self.pending();
+        let closed = pending.closed;
+        let before = std::mem::replace(&mut *pending, Pending { closed, ..Pending::default() });
+        drop(pending);
+        let Pending { ranges, bytes, finished, waker, .. } = before;
         self.meter().served(self.opened.encryption, bytes);
         for (coverage, start, end) in ranges {
             coverage.mark(start, end);
         }
         drop(finished);
+        self.flushes.notify_one();
         if let Some(waker) = waker {
             waker.wake();
         }

@@ -39,6 +39,8 @@ use super::tls::Tls;
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time that operations have to end after the shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
+/// Time that clients have after that to take what was given out to them.
+const SETTLE: Duration = Duration::from_secs(2);
 /// Longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
 /// Most headers of a request, as in imageio.
@@ -323,8 +325,18 @@ impl Shared {
         debug!(connection = number, reason = cut, "connection is closed by the server");
         if cut == "shutdown" {
             served.as_mut().graceful_shutdown();
-            // In time or not: either way it is over.
-            let _ = tokio::time::timeout(SHUTDOWN_GRACE, served).await;
+            if tokio::time::timeout(SHUTDOWN_GRACE, served.as_mut()).await.is_err() {
+                // the client goes on from what it has: that is to be what counts as served
+                connection.give_no_more();
+                let settled = async {
+                    tokio::select! {
+                        _ = served => {}
+                        () = connection.settled() => {}
+                    }
+                };
+                // In time or not: either way it is over.
+                let _ = tokio::time::timeout(SETTLE, settled).await;
+            }
         }
     }
 }

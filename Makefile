@@ -50,7 +50,7 @@ test-others:
 
 # the images' binaries are what is shipped: optimized, and the operator without libvirt
 e2e:
-	@bed/prerequisites.sh containerd runc containernetworking-plugins buildah conntrack iptables iproute2 binutils
+	@bed/prerequisites.sh containerd runc containernetworking-plugins buildah conntrack iptables iproute2 procps binutils
 	$(cargo_test) --no-run --test e2e --bin bed
 	$(bed) build --nodes
 	cargo build --locked --release --no-default-features --bin operator

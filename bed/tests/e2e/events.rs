@@ -1,64 +1,13 @@
 //! What happens to a cluster while backups run: pods are replaced, a node is cordoned, loses its power, or its network.
 
-use std::path::Path;
-use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
-use base64ct::{Base64, Encoding as _};
+use anyhow::{Result, ensure};
 use serde_json::json;
 use virtmark_bed::{Disk, compare, wait_until};
 
-use crate::release::{BOUND, FULL, INCREMENTAL, MIB, Release};
-
-/// A reader of a disk with one ticket, which is curl.
-struct Reader<'a> {
-    release: &'a Release,
-    url: String,
-    image: std::path::PathBuf,
-}
-
-impl<'a> Reader<'a> {
-    fn of(release: &'a Release, transfer: &str) -> Result<Self> {
-        let status = release.phase("imagetransfer", transfer, "Ready")?;
-        let secret = release.get("secret", status["ticketSecret"].as_str().context("no ticket")?)?;
-        let text = |key: &str| -> Result<String> {
-            let encoded = secret["data"][key].as_str().with_context(|| format!("the Secret has no {key}"))?;
-            let bytes = Base64::decode_vec(encoded).map_err(|error| anyhow::anyhow!("{key}: {error}"))?;
-            Ok(String::from_utf8(bytes)?)
-        };
-        std::fs::write(release.files.path().join("ca.pem"), text("ca.crt")?)?;
-        let image = release.files.path().join(format!("{transfer}.raw"));
-        Ok(Self { release, url: text("url")?, image })
-    }
-
-    /// Goes on from what it has, so many bytes a second.
-    fn go_on(&self, rate: &str) -> Result<Child> {
-        let mut curl: Command = self.release.cluster.network.command("curl");
-        curl.args(["-sS", "--fail", "--max-time", "120", "--limit-rate", rate, "--continue-at", "-"]);
-        // a pod's address that is gone answers nothing; the next one's server may not listen yet
-        curl.args(["--speed-limit", "1", "--speed-time", "5", "--cacert"]);
-        curl.arg(self.release.files.path().join("ca.pem")).arg("--output").arg(&self.image).arg(&self.url);
-        Ok(curl.spawn()?)
-    }
-
-    fn has(&self) -> u64 {
-        std::fs::metadata(&self.image).map_or(0, |image| image.len())
-    }
-
-    /// Waits until it has read so many bytes.
-    fn reached(&self, bytes: u64) -> Result<()> {
-        wait_until(BOUND, "the reader to be in the middle", || Ok((self.has() >= bytes).then_some(())))
-    }
-
-    /// Reads the rest, and compares.
-    fn finish(&self, then: &Path) -> Result<()> {
-        wait_until(BOUND, "the image server to be there", || {
-            Ok(self.go_on("1G")?.wait()?.success().then_some(()))
-        })?;
-        compare(then, &self.image, "raw")
-    }
-}
+use crate::reader::Reader;
+use crate::release::{FULL, INCREMENTAL, MIB, Release};
 
 #[test]
 fn an_agent_that_is_replaced_in_the_middle_of_a_read_goes_on_with_the_ticket() -> Result<()> {
@@ -80,7 +29,7 @@ fn an_agent_that_is_replaced_in_the_middle_of_a_read_goes_on_with_the_ticket() -
         ensure!(has < 64 * MIB, "the reader was done before");
         if name == "killed" {
             // what an agent served in its last five seconds and did not store counts as unread
-            std::fs::remove_file(&reader.image)?;
+            reader.forget()?;
         }
         reader.finish(&then)?;
         release.succeed(name)?;

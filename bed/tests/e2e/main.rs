@@ -4,8 +4,10 @@
 //! Each test installs the chart and uninstalls it; they run one after the other.
 
 mod events;
+mod reader;
 mod release;
 mod story;
+mod upgrade;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -21,6 +21,9 @@ pub const BOUND: Duration = Duration::from_secs(90);
 pub const FULL: (&str, &str) = ("Full", "Full");
 pub const INCREMENTAL: (&str, &str) = ("Incremental", "Incremental");
 
+/// The chart as it is shipped.
+pub const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/virtmark");
+
 /// The agent's folder for scratch images on a node, as the chart has it.
 const RUN: &str = "var/lib/virtmark-run";
 
@@ -36,6 +39,11 @@ pub struct Release {
 impl Release {
     /// Installs it, and waits until operator and agents are there; `values` are `key=value`.
     pub fn install(values: &[&str]) -> Result<Self> {
+        Self::install_of(Path::new(CHART), values)
+    }
+
+    /// The same of another chart.
+    pub fn install_of(chart: &Path, values: &[&str]) -> Result<Self> {
         let release = Self {
             _alone: crate::alone(),
             cluster: Cluster::from_env()?,
@@ -43,14 +51,18 @@ impl Release {
             started: Instant::now(),
             succeeded: Cell::new(false),
         };
-        release.upgrade(values)?;
+        release.upgrade_to(chart, values)?;
         release.say("helm install: operator and agents are there");
         Ok(release)
     }
 
     /// Installs it, or upgrades it to other values.
     pub fn upgrade(&self, values: &[&str]) -> Result<()> {
-        let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/virtmark");
+        self.upgrade_to(Path::new(CHART), values)
+    }
+
+    fn upgrade_to(&self, chart: &Path, values: &[&str]) -> Result<()> {
+        let chart = chart.to_str().context("its path is no text")?;
         let images = format!("agent.imageDirs={{{}}}", self.cluster.dir.display());
         let mut arguments =
             vec!["upgrade", "--install", "virtmark", chart, "--create-namespace", "--take-ownership"];
@@ -232,21 +244,14 @@ impl Release {
         })
     }
 
-    /// What each pod takes: its working set, as kubelets measure it.
+    /// What the processes of each pod take.
     pub fn print_memory(&self) -> Result<()> {
         for node in &self.cluster.nodes {
-            let path = format!("/api/v1/nodes/{}/proxy/stats/summary", node.name);
-            let summary: Value =
-                serde_json::from_str(&self.cluster.kubectl().run(&["get", "--raw", &path])?)?;
-            for pod in summary["pods"].as_array().into_iter().flatten() {
-                let mib = |key: &str| pod["memory"][key].as_u64().unwrap_or_default() >> 20;
-                let name = pod["podRef"]["name"].as_str().unwrap_or_default();
-                println!(
-                    "# {name} on {}: {} MiB resident, {} MiB working set",
-                    node.name,
-                    mib("rssBytes"),
-                    mib("workingSetBytes")
-                );
+            for program in ["operator", "agent"] {
+                let output = nodes::within(node, "ps")?.args(["-C", program, "-o", "rss="]).output()?;
+                for kib in String::from_utf8_lossy(&output.stdout).split_whitespace() {
+                    println!("# {program} on {}: {} MiB resident", node.name, kib.parse::<u64>()? >> 10);
+                }
             }
         }
         Ok(())

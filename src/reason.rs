@@ -58,7 +58,7 @@ reasons! {
     Bound Wait "VmBackup", "wait",
     /// The disks can be read; the object is done once it is finalized.
     AwaitingFinalize Wait "VmBackup", "read every disk, then set spec.state to Finalized",
-    /// It was finalized while bytes that had to be read were not.
+    /// It was finalized while bytes that had to be read were not, or while a client was being answered.
     TransfersIncomplete Wait "VmBackup", "read what is missing, or set spec.state to Cancelled",
     /// The backup that this transfer belongs to is not Ready yet.
     BackupNotReady Wait "ImageTransfer", "wait, or look at the backup's reason",

@@ -1,6 +1,6 @@
 //! When libvirt is looked at, and at which of its domains. Pure: it never asks libvirt.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -38,34 +38,41 @@ impl Which {
 pub struct Looks {
     /// All of it, by then in any case.
     pub due: Instant,
-    /// When what was heard of last has settled, and what that was.
-    settling: Option<(Instant, Which)>,
+    /// When what was heard last of a domain has settled.
+    settling: BTreeMap<String, Instant>,
+    /// When what was heard last of all has.
+    all_settles: Option<Instant>,
 }
 
 impl Looks {
     /// Nothing was heard yet.
     pub fn from(due: Instant) -> Self {
-        Self { due, settling: None }
+        Self { due, settling: BTreeMap::new(), all_settles: None }
     }
 
     /// The next look.
     pub fn next(&self) -> Instant {
-        self.settling.as_ref().map_or(self.due, |(settles, _)| self.due.min(*settles))
+        self.settling.values().copied().chain(self.all_settles).fold(self.due, Instant::min)
     }
 
-    /// libvirt spoke of these: they are looked at now, and once more when that has settled.
+    /// libvirt spoke of these: they are looked at now, and once more when that has settled. Others do not put it off.
     pub fn heard(&mut self, which: &Which, now: Instant) {
-        let mut all = which.clone();
-        if let Some((_, before)) = self.settling.take() {
-            all.join(before);
+        let settles = now + SETTLES;
+        match which {
+            Which::These(these) => self.settling.extend(these.iter().map(|uuid| (uuid.clone(), settles))),
+            Which::All => self.all_settles = Some(settles),
         }
-        self.settling = Some((now + SETTLES, all));
     }
 
-    /// A look has come: the domains of which libvirt spoke when it is the one that follows, and `None` when it is the one of
-    /// all.
+    /// A look has come: the domains of which libvirt spoke when it is one that follows, and `None` when it is the one of all.
     pub fn settled(&mut self, now: Instant) -> Option<Which> {
-        self.settling.take_if(|(settles, _)| *settles <= now).map(|(_, which)| which)
+        let is_due = |settles: &mut Instant| *settles <= now;
+        let these: BTreeSet<_> =
+            self.settling.extract_if(.., |_, settles| is_due(settles)).map(|(uuid, _)| uuid).collect();
+        match self.all_settles.take_if(is_due) {
+            Some(_) => Some(Which::All),
+            None => (!these.is_empty()).then_some(Which::These(these)),
+        }
     }
 }
 
@@ -78,18 +85,23 @@ mod tests {
     }
 
     #[test]
-    fn what_libvirt_said_last_is_looked_at_twice() {
+    fn what_libvirt_said_last_of_a_domain_is_looked_at_twice() {
         let (start, long, soon) = (Instant::now(), Duration::from_secs(60), Duration::from_secs(1));
         let mut looks = Looks::from(start + long);
         assert_eq!(looks.next(), start + long);
-        looks.heard(&these(&["a"]), start);
+        looks.heard(&these(&["a", "b"]), start);
         assert_eq!(looks.next(), start + SETTLES);
-        // while it goes on, each word is looked at as it comes, and all of them in the end
+        // each word is looked at as it comes; of another domain it puts off nothing
         looks.heard(&these(&["b"]), start + SETTLES / 2);
+        assert_eq!(looks.settled(start + SETTLES), Some(these(&["a"])));
         assert_eq!(looks.next(), start + SETTLES + SETTLES / 2);
-        assert_eq!(looks.settled(looks.next()), Some(these(&["a", "b"])));
+        assert_eq!(looks.settled(looks.next()), Some(these(&["b"])));
         assert_eq!(looks.next(), start + long);
         assert_eq!(looks.settled(start + long), None);
+        looks.heard(&these(&["a"]), start);
+        looks.heard(&Which::All, start);
+        assert_eq!(looks.settled(start + SETTLES), Some(Which::All));
+        assert_eq!(looks.next(), start + long);
         // what could not be published is not put off by it, and is not the second look
         looks.due = start + soon;
         looks.heard(&these(&["a"]), start + soon / 2);

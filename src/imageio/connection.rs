@@ -18,7 +18,7 @@
 use std::future::Future as _;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::journal::Journal;
 use super::meter::{Meter, Opened};
+use super::progress::Progress;
 use super::ticket::Ticket;
 use super::tickets::{Operation, SharedCoverage, Slot, Tickets};
 
@@ -48,9 +49,7 @@ const LINGER_BYTES: usize = 16 << 20;
 pub(super) struct Connection {
     /// Cuts the connection; a ticket that ends does so to those that run an operation on it.
     pub(super) cut: CancellationToken,
-    begun: Instant,
-    /// Milliseconds from `begun` to the last byte that moved.
-    progress: AtomicU64,
+    pub(super) progress: Progress,
     authorized: AtomicBool,
     woken: Notify,
     flushes: Notify,
@@ -77,8 +76,7 @@ impl Connection {
     pub(super) fn new(journal: Journal, opened: Opened) -> Arc<Connection> {
         Arc::new(Connection {
             cut: CancellationToken::new(),
-            begun: Instant::now(),
-            progress: AtomicU64::new(0),
+            progress: Progress::new(),
             authorized: AtomicBool::new(false),
             woken: Notify::new(),
             flushes: Notify::new(),
@@ -93,7 +91,7 @@ impl Connection {
     /// A ticket permitted a request.
     pub(super) fn authorize(&self, ticket: &Ticket) {
         self.journal().authorized(ticket);
-        self.progressed();
+        self.progress.moved();
         if !self.authorized.swap(true, Ordering::Relaxed) {
             self.woken.notify_one();
         }
@@ -188,9 +186,9 @@ impl Connection {
     pub(super) async fn expired(&self, before: Duration, idle: Duration) {
         loop {
             let deadline = if self.authorized.load(Ordering::Relaxed) {
-                self.begun + Duration::from_millis(self.progress.load(Ordering::Relaxed)) + idle
+                self.progress.last() + idle
             } else {
-                self.begun + before
+                self.progress.begun() + before
             };
             if deadline <= Instant::now() {
                 return;
@@ -208,11 +206,6 @@ impl Connection {
 
     pub(super) fn journal(&self) -> MutexGuard<'_, Journal> {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn progressed(&self) {
-        let elapsed = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.progress.store(elapsed, Ordering::Relaxed);
     }
 
     fn pending(&self) -> MutexGuard<'_, Pending> {
@@ -241,7 +234,7 @@ impl<T> Socket<T> {
 
     fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(written, Poll::Ready(Ok(bytes)) if bytes > 0) {
-            self.connection.progressed();
+            self.connection.progress.moved();
         }
         written
     }
@@ -256,7 +249,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Socket<T> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
         if buf.filled().len() > before {
-            self.connection.progressed();
+            self.connection.progress.moved();
         }
         Poll::Ready(Ok(()))
     }

@@ -12,6 +12,7 @@ mod connection;
 pub mod coverage;
 mod journal;
 pub mod meter;
+mod progress;
 pub mod required;
 pub mod route;
 pub mod serve;

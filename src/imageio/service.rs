@@ -207,12 +207,13 @@ impl Service {
     /// Asks the tickets. The refusal repeats the id that the client sent, as imageio does: to the client
     /// alone, which has it already.
     fn begin(&self, id: &str) -> Result<Operation, Failure> {
-        let operation = self.tickets.begin(id, &self.connection.cut).map_err(|denied| {
-            Failure::Denied(Refusal::forbidden(&match denied {
-                Denied::NoSuchTicket => format!("No such ticket {id}"),
-                Denied::Canceled { transfer } => format!("Transfer={transfer} was canceled"),
-            }))
-        })?;
+        let operation =
+            self.tickets.begin(id, &self.connection.cut, &self.connection.progress).map_err(|denied| {
+                Failure::Denied(Refusal::forbidden(&match denied {
+                    Denied::NoSuchTicket => format!("No such ticket {id}"),
+                    Denied::Canceled { transfer } => format!("Transfer={transfer} was canceled"),
+                }))
+            })?;
         self.connection.authorize(&operation.ticket);
         Ok(operation)
     }

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::coverage::Coverage;
+use super::progress::Progress;
 use super::ticket::{Denied, End, Ticket, TicketId};
 use crate::nbd::Client;
 
@@ -125,7 +126,7 @@ struct Entry {
     coverage: Arc<SharedCoverage>,
     end: Option<(End, Instant)>,
     /// The connections that run an operation, by the operation's number.
-    active: BTreeMap<u64, CancellationToken>,
+    active: BTreeMap<u64, (CancellationToken, Progress)>,
     next: u64,
     slots: Vec<Weak<Slot>>,
     rested: Instant,
@@ -178,7 +179,7 @@ impl Tickets {
             );
         }
         entry.end = Some((end, Instant::now()));
-        for connection in entry.active.values() {
+        for (connection, _) in entry.active.values() {
             connection.cancel();
         }
         let slots = std::mem::take(&mut entry.slots);
@@ -207,7 +208,7 @@ impl Tickets {
                 let ended = self.0.ended.notified();
                 tokio::pin!(ended);
                 ended.as_mut().enable();
-                if !self.is_read(transfer) {
+                if self.lock().get(transfer).is_none_or(|entry| entry.active.is_empty()) {
                     return;
                 }
                 ended.await;
@@ -216,10 +217,13 @@ impl Tickets {
         tokio::time::timeout(within, drained).await.is_ok()
     }
 
-    /// Whether an operation runs on the transfer's ticket.
+    /// Whether an operation runs on the transfer's ticket whose connection moved within that time: a client that is gone
+    /// without a word does not count for long.
     #[must_use]
-    pub fn is_read(&self, transfer: &str) -> bool {
-        self.lock().get(transfer).is_some_and(|entry| !entry.active.is_empty())
+    pub fn moves(&self, transfer: &str, within: Duration) -> bool {
+        let entries = self.lock();
+        let active = entries.get(transfer).into_iter().flat_map(|entry| entry.active.values());
+        active.into_iter().any(|(_, progress)| progress.last().elapsed() < within)
     }
 
     /// What is known of a transfer's ticket; `None` when there is none.
@@ -244,7 +248,12 @@ impl Tickets {
     }
 
     /// Begins an operation with the ticket of this id, for a connection that is cut by `cut`.
-    pub(super) fn begin(&self, id: &str, cut: &CancellationToken) -> Result<Operation, Denied> {
+    pub(super) fn begin(
+        &self,
+        id: &str,
+        cut: &CancellationToken,
+        progress: &Progress,
+    ) -> Result<Operation, Denied> {
         let id = TicketId::parse(id).map_err(|_| Denied::NoSuchTicket)?;
         let mut entries = self.lock();
         let mut found = None;
@@ -263,7 +272,7 @@ impl Tickets {
         }
         let number = entry.next;
         entry.next += 1;
-        entry.active.insert(number, cut.clone());
+        entry.active.insert(number, (cut.clone(), progress.clone()));
         entry.ever_used = true;
         Ok(Operation {
             ticket: Arc::clone(&entry.ticket),
@@ -387,45 +396,50 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_ticket_lives_is_canceled_and_removed() {
         let tickets = Tickets::default();
-        let cut = CancellationToken::new();
+        let (cut, progress) = (CancellationToken::new(), Progress::new());
         let id = added(&tickets, "t1");
         let other = added(&tickets, "t2");
-        assert_eq!(tickets.begin("nonsense", &cut).unwrap_err(), Denied::NoSuchTicket);
+        assert_eq!(tickets.begin("nonsense", &cut, &progress).unwrap_err(), Denied::NoSuchTicket);
         assert!(!tickets.stats("t1").unwrap().ever_used);
 
-        let operation = tickets.begin(&id, &cut).unwrap();
+        let operation = tickets.begin(&id, &cut, &progress).unwrap();
         assert_eq!(operation.ticket.transfer, "t1");
         tokio::time::advance(Duration::from_secs(5)).await;
         let stats = tickets.stats("t1").unwrap();
         assert_eq!((stats.active, stats.idle, stats.ever_used), (1, Duration::ZERO, true));
+        let within = Duration::from_secs(5);
+        assert!(!tickets.moves("t1", within), "nothing moved for 5 s");
+        progress.moved();
+        assert!(tickets.moves("t1", within));
         drop(operation);
+        assert!(!tickets.moves("t1", within), "it ended");
         tokio::time::advance(Duration::from_secs(5)).await;
         assert_eq!(tickets.stats("t1").unwrap().idle, Duration::from_secs(5));
 
-        let operation = tickets.begin(&id, &cut).unwrap();
+        let operation = tickets.begin(&id, &cut, &progress).unwrap();
         tickets.end("t1", End::Canceled);
         assert!(cut.is_cancelled());
         assert!(!tickets.drained("t1", Duration::from_secs(1)).await);
         drop(operation);
         assert!(tickets.drained("t1", Duration::from_secs(1)).await);
         let canceled = Denied::Canceled { transfer: "t1".to_owned() };
-        assert_eq!(tickets.begin(&id, &cut).unwrap_err(), canceled);
+        assert_eq!(tickets.begin(&id, &cut, &progress).unwrap_err(), canceled);
 
         tickets.end("t1", End::Removed);
         tickets.end("t1", End::Removed);
-        assert_eq!(tickets.begin(&id, &cut).unwrap_err(), Denied::NoSuchTicket);
+        assert_eq!(tickets.begin(&id, &cut, &progress).unwrap_err(), Denied::NoSuchTicket);
         assert_eq!(tickets.stats("t1"), None);
-        assert!(tickets.begin(&other, &cut).is_ok());
+        assert!(tickets.begin(&other, &cut, &progress).is_ok());
     }
 
     #[tokio::test]
     async fn removal_waits_for_what_runs_and_adding_again_revives() {
         let tickets = Tickets::default();
-        let cut = CancellationToken::new();
+        let (cut, progress) = (CancellationToken::new(), Progress::new());
         let id = added(&tickets, "t1");
-        let operation = tickets.begin(&id, &cut).unwrap();
+        let operation = tickets.begin(&id, &cut, &progress).unwrap();
         tickets.end("t1", End::Removed);
-        assert_eq!(tickets.begin(&id, &cut).unwrap_err(), Denied::NoSuchTicket);
+        assert_eq!(tickets.begin(&id, &cut, &progress).unwrap_err(), Denied::NoSuchTicket);
         let waiting = tickets.clone();
         let drained = tokio::spawn(async move { waiting.drained("t1", Duration::from_secs(5)).await });
         tokio::task::yield_now().await;
@@ -433,7 +447,7 @@ mod tests {
         assert!(drained.await.unwrap());
         assert_eq!(tickets.stats("t1"), None);
         let id = added(&tickets, "t1");
-        assert!(tickets.begin(&id, &CancellationToken::new()).is_ok());
+        assert!(tickets.begin(&id, &CancellationToken::new(), &progress).is_ok());
     }
 
     #[tokio::test]

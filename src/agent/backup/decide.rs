@@ -23,6 +23,8 @@ pub struct Facts<'a> {
     pub absent_since: Option<Timestamp>,
     /// The other node where the domain runs.
     pub elsewhere: Option<&'a str>,
+    /// This node still tells that it runs here.
+    pub told_here: bool,
     /// Bytes that scratch images may take yet, before any is made.
     pub room: Option<u64>,
     /// Bytes of scratch space that the backup is expected to need.
@@ -79,6 +81,10 @@ pub fn ending(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Out
             return failed(Reason::StartDeadlineExceeded, message);
         }
         if let Some(node) = facts.elsewhere {
+            // a new backup would be bound to this node again
+            if facts.told_here {
+                return None;
+            }
             let message = format!("the VM went to node {node} before the backup began");
             return failed(Reason::VmMigrated, message);
         }
@@ -91,8 +97,7 @@ pub fn ending(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Out
         return None;
     };
     let cut_short = cut_short(spec, ready_at, facts);
-    let is_read = spec.state == DesiredState::Finalized
-        && facts.missing.is_some_and(|m| m.iter().all(|(_, bytes)| *bytes == 0));
+    let is_read = spec.state == DesiredState::Finalized && facts.missing.is_some_and(is_read);
     // a client that asked for more than what must be read, for zeroes say, gets it in the time that there is
     if is_read && (!facts.reading || cut_short.is_some()) {
         return Some(Outcome::Succeeded);
@@ -137,7 +142,7 @@ pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Becau
         return None;
     }
     let because = |reason, message: &str| Some(Because::new(reason, message));
-    match facts.domain {
+    match facts.domain.filter(|_| facts.elsewhere.is_none()) {
         None => return because(Reason::VmBusy, "the VM is not on this node at the moment"),
         Some(DomainState::Running | DomainState::Paused) => {}
         Some(DomainState::Busy) => {
@@ -173,6 +178,11 @@ pub fn hold(spec: &VmBackupSpec, life: &Life, facts: &Facts<'_>) -> Option<Becau
         return Some(Because::new(Reason::DisksLocked, format!("a block job runs on disk {disk}")));
     }
     facts.room.filter(|_| life.stage == Stage::New).and_then(|room| scratch::too_low(facts.need, room))
+}
+
+/// Whether nothing is missing.
+pub fn is_read(missing: &[(String, u64)]) -> bool {
+    missing.iter().all(|(_, bytes)| *bytes == 0)
 }
 
 /// `vda: 65536 bytes, vdb: 1 bytes`.
@@ -236,6 +246,7 @@ mod tests {
             domain: Some(DomainState::Running),
             absent_since: None,
             elsewhere: None,
+            told_here: false,
             room: Some(100),
             need: 10,
             exhausted: None,
@@ -268,6 +279,7 @@ mod tests {
         let off = Facts { domain: Some(DomainState::Off), ..facts(11) };
         let full = Because::new(Reason::ScratchExhausted, "full");
         let absent = Facts { domain: None, absent_since: Some(at(1)), ..facts(10) };
+        let moved = Facts { elsewhere: Some("b"), ..off.clone() };
         let cordoned = |since, now| Facts { cordoned_since: Some(at(since)), ..facts(now) };
         let table: &[(&str, &str, &Life, Facts<'_>, Option<&str>)] = &[
             ("nothing happens", "{}", &new, facts(99), None),
@@ -320,7 +332,34 @@ mod tests {
             ("off, waits", "{}", &new, off, None),
             ("absent for a moment", "{}", &new, absent.clone(), None),
             ("absent for good", "{}", &new, Facts { now: at(11), ..absent.clone() }, Some("VmNotFound")),
-            ("on another node", "{}", &new, Facts { elsewhere: Some("b"), ..absent }, Some("VmMigrated")),
+            (
+                "on another node",
+                "{}",
+                &new,
+                Facts { elsewhere: Some("b"), ..absent.clone() },
+                Some("VmMigrated"),
+            ),
+            (
+                "on another node, and still told of here",
+                "{}",
+                &new,
+                Facts { elsewhere: Some("b"), told_here: true, now: at(11), ..absent },
+                None,
+            ),
+            (
+                "off here, on on another node",
+                r#"{"offline":"Refuse"}"#,
+                &new,
+                moved.clone(),
+                Some("VmMigrated"),
+            ),
+            (
+                "off here, on on another node, and still told of here",
+                r#"{"offline":"Refuse"}"#,
+                &new,
+                Facts { told_here: true, ..moved },
+                None,
+            ),
             (
                 "no scratch space",
                 "{}",
@@ -354,6 +393,10 @@ mod tests {
             (Facts { domain: Some(DomainState::Paused), ..facts(1) }, None),
             (Facts { domain: None, ..facts(1) }, Some(Reason::VmBusy)),
             (Facts { domain: Some(DomainState::Busy), ..facts(1) }, Some(Reason::VmBusy)),
+            (
+                Facts { domain: Some(DomainState::Off), elsewhere: Some("b"), ..facts(1) },
+                Some(Reason::VmBusy),
+            ),
             (Facts { domain: Some(DomainState::Off), ..facts(1) }, Some(Reason::VmNotRunning)),
             (Facts { rival: Some("db01-a"), ..facts(1) }, Some(Reason::BackupAlreadyRunning)),
             (Facts { foreign_job: true, ..facts(1) }, Some(Reason::BackupAlreadyRunning)),

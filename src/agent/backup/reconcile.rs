@@ -11,7 +11,7 @@ use kube::{Api, ResourceExt as _};
 use super::act::Job;
 use super::adopt::adopt;
 use super::begun;
-use super::decide::{self, Facts};
+use super::decide::{self, Facts, is_read};
 use super::life::{Action, Life, Outcome, Seen, Stage};
 use super::perform::{perform, reached};
 use super::scratch;
@@ -38,6 +38,9 @@ const LAST_BYTES: Duration = Duration::from_millis(250);
 
 /// How soon unread bytes are counted again after a finalize that came early.
 const RECOUNT: Duration = Duration::from_secs(1);
+
+/// How long a client may stand still before its request holds a finalize no more.
+const ALIVE: Duration = Duration::from_secs(10);
 
 /// Brings one backup as far as it can get now.
 ///
@@ -224,6 +227,7 @@ struct Gathered {
     last_request: Option<Timestamp>,
     absent_since: Option<Timestamp>,
     elsewhere: Option<String>,
+    told_here: bool,
     room: Option<u64>,
     need: u64,
     exhausted: Option<Because>,
@@ -247,6 +251,7 @@ impl Gathered {
             domain: self.domain,
             absent_since: self.absent_since,
             elsewhere: self.elsewhere.as_deref(),
+            told_here: self.told_here,
             room: self.room,
             need: self.need,
             exhausted: self.exhausted.as_ref(),
@@ -292,11 +297,16 @@ async fn gather(
         }),
         Some(_) => None,
     };
-    let missing = if finalizing { Some(count_missing(live, record, context).await?) } else { None };
+    let missing = match live.missing() {
+        _ if !finalizing => None,
+        // served is served: only a client is waited for
+        missing if missing.len() == record.disks.len() && is_read(&missing) => Some(missing),
+        _ => Some(count_missing(live, record, context).await?),
+    };
     let starting = record.life.stage < Stage::Begun && record.life.outcome.is_none();
     let nodes = if starting && qemu.is_none() { context.told_by(&record.vm_uuid).await? } else { Vec::new() };
-    // while this node has not told yet that it has the VM no more, a new backup would be bound to it again
-    let elsewhere = if nodes.contains(&context.node) { None } else { nodes.into_iter().next() };
+    let told_here = nodes.contains(&context.node);
+    let elsewhere = nodes.into_iter().find(|node| *node != context.node);
     let room = if record.life.stage == Stage::New {
         let host = context.host.clone();
         let usage = context.blocking(move || Ok(host.state.scratch_usage()?)).await?;
@@ -309,6 +319,7 @@ async fn gather(
         our_job,
         absent_since: live.absent(listed.is_none(), clock::now()),
         elsewhere,
+        told_here,
         room,
         need: scratch::need(record.disks.iter().map(|disk| disk.size)),
         exhausted: live.exhausted(),
@@ -321,7 +332,7 @@ async fn gather(
         other_job: job == Job::Other,
         lost_job: job == Job::Lost,
         missing,
-        reading: live.tickets().iter().any(|transfer| context.tickets.is_read(transfer)),
+        reading: live.tickets().iter().any(|transfer| context.tickets.moves(transfer, ALIVE)),
         last_request: context.last_request(live, clock::now()),
         hold: None,
     })
@@ -361,6 +372,7 @@ fn describe(
         socket: &socket.to_string_lossy(),
         hold: gathered.hold.as_ref(),
         missing: &live.missing(),
+        is_read: gathered.missing.as_deref().is_some_and(is_read),
         now: clock::now(),
     };
     Ok(status::status(old, &observed))

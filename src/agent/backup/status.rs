@@ -27,6 +27,8 @@ pub struct Observed<'a> {
     pub hold: Option<&'a Because>,
     /// Per disk, bytes that must be read and were not, as far as known.
     pub missing: &'a [(String, u64)],
+    /// It was finalized, and nothing is missing.
+    pub is_read: bool,
     /// The time.
     pub now: Timestamp,
 }
@@ -63,8 +65,12 @@ fn ready_because(observed: &Observed<'_>, phase: Phase) -> Because {
         (Phase::Ready, None) if observed.wish == DesiredState::Finalized => {
             let unread = incomplete(observed.missing);
             let message = match unread.as_str() {
-                "" => "finalized, and all is read that must be: a client's request is not answered yet"
-                    .to_owned(),
+                "" if observed.is_read => {
+                    "finalized, and all is read that must be: a client's request is not answered \
+                    yet; finalizing its ImageTransfer cuts it off"
+                        .to_owned()
+                }
+                "" => "finalized: what was read is not stored yet, and cannot be counted".to_owned(),
                 unread => format!("finalized, but not yet read: {unread}"),
             };
             Because::new(Reason::TransfersIncomplete, message)
@@ -139,6 +145,7 @@ fn one_disk(disk: &crate::agent::state::PlannedDisk, observed: &Observed<'_>, ph
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::backup::decide::is_read;
     use crate::agent::backup::life::Held;
     use crate::agent::state::PlannedDisk;
     use crate::api::QuiesceMode;
@@ -191,6 +198,7 @@ mod tests {
             socket: "/s",
             hold: None,
             missing,
+            is_read: !missing.is_empty() && is_read(missing),
             now: at(now),
         };
         status(old, &observed)
@@ -199,6 +207,22 @@ mod tests {
     fn ready_reason(status: &VmBackupStatus) -> (String, String) {
         let ready = conditions::get(&status.conditions, conditions::READY).unwrap();
         (ready.status.clone(), ready.reason.clone())
+    }
+
+    #[test]
+    fn a_finalize_that_waits_says_for_what() {
+        let begun = Life { stage: Stage::Begun, ready_at: Some(at(5)), ..Life::default() };
+        let (part, whole) = ([("vda".to_owned(), 0), ("vdb".to_owned(), 4)], [("vda".to_owned(), 0)]);
+        for (missing, words) in [
+            (&part[..], "not yet read: vdb: 4 bytes"),
+            (&whole[..], "a client's request"),
+            (&[], "cannot be counted"),
+        ] {
+            let old = VmBackupStatus::default();
+            let status = seen(&old, begun.clone(), DesiredState::Finalized, missing, 7);
+            let ready = conditions::get(&status.conditions, conditions::READY).unwrap();
+            assert!(ready.message.contains(words), "{}", ready.message);
+        }
     }
 
     #[test]

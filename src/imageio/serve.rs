@@ -40,7 +40,7 @@ const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time that operations have to end after the shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 /// Time that clients have after that to take what was given out to them.
-const SETTLE: Duration = Duration::from_secs(2);
+const SETTLE: Duration = Duration::from_secs(10);
 /// Longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
 /// Most headers of a request, as in imageio.

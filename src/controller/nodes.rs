@@ -55,7 +55,9 @@ impl Nodes {
 /// Follows them, for ever.
 pub async fn follow(context: &Context) {
     let nodes = Api::<Node>::all(context.client.clone());
-    let mut events = watcher(nodes, watcher::Config::default()).default_backoff().boxed();
+    // one that hangs without a word tells nothing for no longer than that
+    let config = watcher::Config::default().timeout(60);
+    let mut events = watcher(nodes, config).default_backoff().boxed();
     while let Some(event) = events.next().await {
         let event = event.inspect_err(|error| cluster::watch_broke("Nodes", error)).ok();
         if context.nodes.take(event) {

@@ -51,14 +51,22 @@ fn an_upgrade_with_a_new_field_in_the_middle_of_a_read_does_nothing_twice() -> R
     release.phase("vmbackup", "upgraded-2", "Ready")?;
     let then = vm.remember("vda")?;
     let reader = Reader::of(&release, "upgraded-2-vda")?;
-    let mut curl = reader.go_on("4M")?;
+    let mut curl = reader.go_on("2M")?;
     reader.reached(2 * MIB)?;
+    let before = release.system(&["get", "pods", "--field-selector=status.phase=Running", "-o", "name"])?;
+    ensure!(before.lines().count() >= 4, "operators and agents: {before}");
     let began = Instant::now();
-    // both of them are other pods then
     release.upgrade(&["log.format=text"])?;
     let there = began.elapsed();
+    let deleted = "jsonpath={.metadata.name} {.metadata.deletionTimestamp}";
+    for pod in before.lines() {
+        // gone, or going
+        let said = release.system(&["get", pod, "--ignore-not-found", "-o", deleted])?;
+        ensure!(said.split_whitespace().count() != 1, "{pod} was not replaced");
+    }
     let ended = curl.wait()?;
     let has = reader.has();
+    ensure!(has < 64 * MIB, "the reader was done before");
     reader.finish(&then)?;
     release.succeed("upgraded-2")?;
     release.say(&format!(

@@ -35,6 +35,8 @@ pub struct Cell {
     pub(super) made: Vec<String>,
     pub(super) held: Option<PathBuf>,
     pub(super) stopped: Option<Process>,
+    /// The QEMU of a guest that is up.
+    pub(super) booted: Option<Process>,
     pub(super) reader: Option<(Child, PathBuf)>,
     pub(super) count: u8,
 }
@@ -53,6 +55,7 @@ impl Cell {
         };
         Ok(Self {
             moment,
+            booted: if moment == Moment::Frozen { Some(vm.qemu()?) } else { None },
             vm,
             disk,
             objects,

@@ -44,10 +44,11 @@ impl Cell {
                 self.is_held()
             }
             Moment::Frozen => {
-                if guest::is_frozen(&self.vm).is_err() {
+                if self.booted != Some(self.vm.qemu()?) {
                     // it was started again a moment ago, and boots for half a minute
                     self.vm.destroy()?;
                     guest::Image::get()?.go_on(&self.vm)?;
+                    self.booted = Some(self.vm.qemu()?);
                 }
                 self.hold(Step::BeginIntended, &self.next_name())?;
                 // a guest that was started again has no agent for a while

@@ -13,7 +13,7 @@ export CARGO_TARGET_DIR ?= $(cache)/target
 bed := $(CARGO_TARGET_DIR)/debug/bed
 export VIRTMARK_PYTHON := $(cache)/venv/bin/python
 
-.PHONY: demo test test-longest test-survival test-others e2e soak bench bench-incremental book fuzz up down build lint style prerequisites
+.PHONY: demo test test-longest test-survival test-cluster test-others e2e soak bench bench-incremental book fuzz up down build lint style prerequisites
 
 demo: build
 	$(bed) --hypervisors 2 demo
@@ -25,25 +25,28 @@ down:
 	[ ! -x $(bed) ] || $(bed) down
 
 # style first: it is fast, and what it says is cheap to mend. Then beds, two at a time: the tests of survival kill what all
-# others share, one after the other, and mostly wait. The longest of them have a bed of their own, so that both cores have work
-# to the end
+# others share, one after the other, and mostly wait. The longest are first, and none is long, so that both cores have work to
+# the end
 cargo_test := cargo test --no-fail-fast --locked --workspace --features virtmark/killpoints
 tests := $(patsubst %/main,%,$(basename $(wildcard tests/*.rs tests/*/main.rs bed/tests/*.rs)))
 longest := kills::a_backup_survives outages::
-others := --lib --bins --examples $(addprefix --test ,$(filter-out survival,$(notdir $(tests))))
+others := --lib --bins --examples $(addprefix --test ,$(filter-out survival cluster,$(notdir $(tests))))
 
 # the tests' own build has the processes too: `cargo build` and `cargo run` would build other features of the dependencies
 test: style
 	$(cargo_test) --no-run
 	$(CARGO_TARGET_DIR)/debug/generate --check
 	$(bed) build --guest
-	$(MAKE) --jobs=2 --output-sync=target test-longest test-others test-survival
+	$(MAKE) --jobs=2 --output-sync=target test-longest test-survival test-cluster test-others
 
 test-longest:
 	$(bed) --hypervisors 2 run -- $(cargo_test) --test survival -- $(longest)
 
 test-survival:
 	$(bed) --hypervisors 2 run -- $(cargo_test) --test survival -- $(addprefix --skip ,$(longest))
+
+test-cluster:
+	$(bed) --hypervisors 2 run -- $(cargo_test) --test cluster
 
 test-others:
 	$(bed) --hypervisors 2 run -- $(cargo_test) $(others)

@@ -19,8 +19,8 @@ use super::chain::{self, Chain, owner};
 use super::context::{Parting, is_host_clean, of_vm, parting};
 use super::{Context, OperatorError, checkpoint};
 use crate::api::{
-    self, BackupType, FullReason, ImageTransfer, LibvirtDomain, Phase, TransferPolicy, VmBackup,
-    VmBackupStatus, VmCheckpoint,
+    self, BackupType, DomainSighting, DomainState, FullReason, ImageTransfer, LibvirtDomain, Phase,
+    TransferPolicy, VmBackup, VmBackupStatus, VmCheckpoint,
 };
 use crate::clock;
 use crate::cluster;
@@ -71,6 +71,11 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
     let namespace = seen.namespace().unwrap_or_default();
     let domains = Api::<LibvirtDomain>::namespaced(context.client.clone(), &namespace);
     let domain = domains.get_opt(&seen.spec.vm).await?;
+    if let Some(domain) = &domain
+        && is_stale(domain, context).await?
+    {
+        return Ok(Requeue::requeue(SOON));
+    }
     let node = domain.as_ref().and_then(|domain| domain.status.as_ref()?.node_name.clone());
     let (node, agent_answers) = match node {
         Some(node) => (context.node_health(&node).await?, context.agent_answers(&node).await?),
@@ -120,6 +125,20 @@ async fn start(seen: &VmBackup, old: &VmBackupStatus, context: &Context) -> Resu
             Ok(Requeue::await_change())
         }
     }
+}
+
+/// Whether a domain that is published as active on a node is no longer told of so by that node: it is about to be published
+/// anew. Who makes a backup because one ended with `VmMigrated` would have it bound to the old node again.
+async fn is_stale(domain: &LibvirtDomain, context: &Context) -> Result<bool, OperatorError> {
+    let Some(status) =
+        domain.status.as_ref().filter(|status| status.state.is_some_and(DomainState::is_active))
+    else {
+        return Ok(false);
+    };
+    let Some(node) = &status.node_name else { return Ok(false) };
+    let sightings = Api::<DomainSighting>::namespaced(context.client.clone(), &context.system_namespace);
+    let sighting = sightings.get_opt(&api::sighting_name(node, &domain.spec.uuid)).await?;
+    Ok(!sighting.is_some_and(|sighting| sighting.spec.state.is_active()))
 }
 
 /// Finalizer, checkpoint, bind: in this order, so that whoever sees the bind finds the rest.

@@ -37,7 +37,7 @@ test: style
 	$(cargo_test) --no-run
 	$(CARGO_TARGET_DIR)/debug/generate --check
 	$(bed) build --guest
-	$(MAKE) --jobs=2 --output-sync=target test-longest test-survival test-cluster test-others
+	$(MAKE) --jobs=2 --output-sync=target test-longest test-survival test-others test-cluster
 
 test-longest:
 	$(bed) --hypervisors 2 run -- $(cargo_test) --test survival -- $(longest)

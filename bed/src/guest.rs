@@ -149,7 +149,7 @@ fn answers(vm: &Vm) -> Result<()> {
 
 /// QEMU's name of what vda writes to.
 fn node_name(vm: &Vm) -> Result<String> {
-    let blocks = monitor(vm, &json!({"execute": "query-block"}))?;
+    let blocks = vm.monitor(&json!({"execute": "query-block"}))?;
     let of_vda = |block: &&Value| block["qdev"].as_str().is_some_and(|path| path.contains("ua-vda/"));
     let block = blocks.as_array().into_iter().flatten().find(of_vda);
     let name = block.and_then(|block| block["inserted"]["node-name"].as_str());
@@ -159,24 +159,15 @@ fn node_name(vm: &Vm) -> Result<String> {
 /// Has QEMU do a job, and waits for its end.
 fn job(vm: &Vm, what: &str, mut arguments: Value) -> Result<()> {
     arguments["job-id"] = json!(what);
-    monitor(vm, &json!({"execute": what, "arguments": arguments}))?;
+    vm.monitor(&json!({"execute": what, "arguments": arguments}))?;
     let error = wait_until(Duration::from_secs(60), "a job of QEMU's", || {
-        let jobs = monitor(vm, &json!({"execute": "query-jobs"}))?;
+        let jobs = vm.monitor(&json!({"execute": "query-jobs"}))?;
         let job = jobs.as_array().into_iter().flatten().find(|job| job["id"] == what);
         let job = job.with_context(|| format!("QEMU has no job {what}"))?;
         Ok((job["status"] == "concluded").then(|| job["error"].as_str().map(str::to_owned)))
     })?;
-    monitor(vm, &json!({"execute": "job-dismiss", "arguments": {"id": what}}))?;
+    vm.monitor(&json!({"execute": "job-dismiss", "arguments": {"id": what}}))?;
     error.map_or(Ok(()), |error| bail!("{what}: {error}"))
-}
-
-fn monitor(vm: &Vm, command: &Value) -> Result<Value> {
-    let said = vm.hypervisor().virsh(&["qemu-monitor-command", &vm.name, &command.to_string()])?;
-    let said: Value = serde_json::from_str(&said)?;
-    if !said["error"].is_null() {
-        bail!("{}: {}", command["execute"], said["error"]);
-    }
-    Ok(said["return"].clone())
 }
 
 /// What the guest agent of a VM answers to a command.

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use rustix::process::Signal;
+use serde_json::{Value, json};
 
 use crate::hypervisor::{Hypervisor, random_uuid};
 use crate::ledger::Process;
@@ -359,15 +360,26 @@ impl Vm {
         })
     }
 
+    /// What QEMU answers to a command of its monitor protocol.
+    ///
+    /// # Errors
+    /// QEMU's, or that it does not run.
+    pub(crate) fn monitor(&self, command: &Value) -> Result<Value> {
+        let said = self.hypervisor.virsh(&["qemu-monitor-command", &self.name, &command.to_string()])?;
+        let said: Value = serde_json::from_str(&said)?;
+        if !said["error"].is_null() {
+            bail!("{}: {}", command["execute"], said["error"]);
+        }
+        Ok(said["return"].clone())
+    }
+
     /// Names of the persistent and active dirty bitmaps that QEMU has on a running VM's disks.
     ///
     /// # Errors
     /// When it does not run.
     pub fn live_bitmaps(&self) -> Result<Vec<String>> {
-        let query = "{\"execute\":\"query-named-block-nodes\"}";
-        let said = self.hypervisor.virsh(&["qemu-monitor-command", &self.name, query])?;
-        let said: serde_json::Value = serde_json::from_str(&said)?;
-        let nodes = said["return"].as_array().cloned().unwrap_or_default();
+        let nodes = self.monitor(&json!({"execute": "query-named-block-nodes"}))?;
+        let nodes = nodes.as_array().cloned().unwrap_or_default();
         let bitmaps = nodes.iter().filter_map(|node| node["dirty-bitmaps"].as_array()).flatten();
         let mut names: Vec<_> =
             bitmaps.filter_map(|bitmap| bitmap["name"].as_str()).map(str::to_owned).collect();

@@ -25,7 +25,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use crate::api::{DomainSighting, FINALIZER, OPERATOR};
+use crate::api::{DesiredState, DomainSighting, FINALIZER, OPERATOR, VmBackup};
 use crate::metrics::Metrics;
 use crate::metrics::requests::Counting;
 use crate::probe::Sign;
@@ -267,6 +267,22 @@ where
     let metadata = json!({"finalizers": finalizers, "resourceVersion": object.resource_version()});
     let params = PatchParams { field_manager: Some(OPERATOR.to_owned()), ..PatchParams::default() };
     api.patch(&object.name_any(), &params, &Patch::Merge(json!({"metadata": metadata}))).await
+}
+
+/// Cancels a backup in its user's place, if it is still as it was read; answers whether it was.
+///
+/// # Errors
+/// Whatever else the API server says.
+pub async fn cancel(client: &Client, backup: &VmBackup) -> Result<bool, kube::Error> {
+    let api = Api::<VmBackup>::namespaced(client.clone(), &backup.namespace().unwrap_or_default());
+    let wish = json!({"metadata": {"resourceVersion": backup.resource_version()},
+        "spec": {"state": DesiredState::Cancelled}});
+    let params = PatchParams { field_manager: Some(OPERATOR.to_owned()), ..PatchParams::default() };
+    match api.patch(&backup.name_any(), &params, &Patch::Merge(wish)).await {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Deletes the object of this name and uid. One that is gone is deleted.

@@ -1,5 +1,7 @@
 //! The operator's executable.
 
+use std::time::Duration;
+
 use clap::Parser as _;
 use virtmark::{controller, telemetry};
 
@@ -10,6 +12,9 @@ async fn main() -> anyhow::Result<()> {
     telemetry::install_crypto();
     if config.check {
         return controller::check(&config).await;
+    }
+    if let Some(seconds) = config.end_backups {
+        return controller::end_backups(&config, Duration::from_secs(seconds.into())).await;
     }
     controller::run(config, telemetry::stop_on_signal()?).await
 }

@@ -38,6 +38,9 @@ pub struct Config {
     /// Do not run: say whether VMs are served, an operator leads and agents answer.
     #[arg(long)]
     pub check: bool,
+    /// Do not run: cancel all backups that are open, and wait for as many seconds until they have ended.
+    #[arg(long, value_name = "SECONDS", conflicts_with = "check")]
+    pub end_backups: Option<u32>,
     /// How to log.
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,

@@ -28,7 +28,9 @@ mod nodes;
 mod role;
 mod run;
 pub mod transfer;
+mod uninstall;
 
 pub use check::check;
 pub use context::{Context, OperatorError};
 pub use run::run;
+pub use uninstall::end_backups;

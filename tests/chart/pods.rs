@@ -18,6 +18,7 @@ fn pods() -> Result<Value> {
         "operator": object(&rendered, "Deployment", "virtmark-operator")?["spec"]["template"],
         "agent": object(&rendered, "DaemonSet", "virtmark-agent")?["spec"]["template"],
         "check": object(&rendered, "Pod", "virtmark-check")?["spec"],
+        "uninstall": object(&rendered, "Job", "virtmark-uninstall")?["spec"]["template"],
     }))
 }
 
@@ -32,7 +33,7 @@ fn they_are_as_recorded() -> Result<()> {
         fs::write(GOLDEN, text)?;
     }
     let kept: Value = serde_saphyr::from_str(&fs::read_to_string(GOLDEN).context(GOLDEN)?)?;
-    for name in ["operator", "agent", "check"] {
+    for name in ["operator", "agent", "check", "uninstall"] {
         assert_eq!(
             pods[name], kept[name],
             "the pod of {name}. If that is right: VIRTMARK_GOLDEN=write cargo test --test chart"

@@ -50,6 +50,7 @@ fn refused() -> Vec<(Value, &'static str)> {
         (json!({"libvirt": {"uri": "qemu+ssh://other/system"}}), "/libvirt/uri"),
         (json!({"libvirt": {"socketDir": "run/libvirt"}}), "/libvirt/socketDir"),
         (json!({"log": {"format": "xml"}}), "/log/format"),
+        (json!({"uninstall": {"cancelBackupsSeconds": -1}}), "/uninstall/cancelBackupsSeconds"),
         (json!({"networkPolicy": {"clients": [{}]}}), "/networkPolicy/clients/0"),
         (json!({"rbac": {"aggregateBackupTo": ["view"]}}), "/rbac/aggregateBackupTo/0"),
         (json!({"imagePullSecrets": ["registry"]}), "/imagePullSecrets/0"),

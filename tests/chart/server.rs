@@ -96,9 +96,11 @@ fn the_operator_is_restricted_and_the_agent_needs_host_paths_and_a_host_port() -
     let operator = &object(&rendered, "Deployment", "virtmark-operator")?["spec"]["template"]["spec"];
     let agent = &object(&rendered, "DaemonSet", "virtmark-agent")?["spec"]["template"]["spec"];
     let check = &object(&rendered, "Pod", "virtmark-check")?["spec"];
+    let uninstall = &object(&rendered, "Job", "virtmark-uninstall")?["spec"]["template"]["spec"];
     let restricted = Guarded::new(kubectl.clone(), "restricted")?;
     restricted.lets_in(operator)?;
     restricted.lets_in(check)?;
+    restricted.lets_in(uninstall)?;
     let baseline = Guarded::new(kubectl.clone(), "baseline")?;
     let refusal = format!("{:#}", baseline.lets_in(agent).expect_err("it has host paths"));
     let (_, why) = refusal.split_once("violates PodSecurity \"baseline:latest\": ").unwrap_or_default();

@@ -7,6 +7,7 @@ mod events;
 mod reader;
 mod release;
 mod story;
+mod uninstall;
 mod upgrade;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

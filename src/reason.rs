@@ -75,6 +75,9 @@ reasons! {
     /// The ticket answers: the bytes can be read.
     TicketReady Wait "ImageTransfer", "read the URL from the Secret named in status.ticketSecret",
 
+    /// The ticket answers no request for now: the user wants that, or nobody used it for inactivityTimeoutSeconds.
+    Paused Wait "ImageTransfer", "set spec.state to Running; where it is that already, change inactivityTimeoutSeconds",
+
     // ended well
     /// It was finalized with every byte read.
     Finalized Never "VmBackup, ImageTransfer", "nothing to do",
@@ -158,6 +161,8 @@ reasons! {
     ReadyDeadlineExceeded Never "VmBackup", "make a new backup, and finalize it in time",
     /// No client asked for anything for clientIdleSeconds.
     ClientIdle Never "VmBackup", "make a new backup, and read it",
+    /// Nobody used the ticket for inactivityTimeoutSeconds, and timeoutPolicy is Cancel.
+    TransferInactive Never "ImageTransfer", "make a new one, and read it",
     /// The backup ended, and this transfer with it.
     TransferFailed Never "ImageTransfer", "look at the backup, then make a new one",
     /// The node is gone.

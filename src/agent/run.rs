@@ -29,7 +29,7 @@ use super::{backup, checkpoint, cordon, heartbeat, inventory, scratch, transfer}
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
 use crate::cluster::{self, Events};
-use crate::imageio::{self, BindError, ImageServer, Tickets};
+use crate::imageio::{self, BindError, End, ImageServer, Tickets};
 use crate::libvirt::{self, Libvirt};
 use crate::probe::{self, Sign};
 
@@ -339,7 +339,11 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
             let disk = stored.ticket.disk.clone();
             live.require(&disk, stored.required);
             live.ticketed(&stored.ticket.transfer);
+            let transfer = stored.ticket.transfer.clone();
             context.tickets.add(stored.ticket, context.coverage(&live, &record, &disk));
+            if stored.paused {
+                context.tickets.end(&transfer, End::Paused);
+            }
         }
     }
     for uid in state.stray_runs()? {

@@ -106,7 +106,7 @@ pub enum Standing {
     InUse,
     /// As it should be.
     Good,
-    /// It stays as it is until somebody outside does something, and no time runs: a VM that is off.
+    /// It stays as it is until somebody outside does something: a VM that is off, a transfer that is paused.
     Idle,
     /// Failed for good.
     Stuck,
@@ -118,6 +118,7 @@ impl Standing {
         match phase {
             Phase::Initializing | Phase::Finalizing => Self::OnItsWay,
             Phase::Ready => Self::InUse,
+            Phase::Paused => Self::Idle,
             Phase::Succeeded => Self::Good,
             Phase::Failed | Phase::Cancelled => Self::Stuck,
         }

@@ -36,7 +36,8 @@ pub use domain::{LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
 pub use schema::is_disk_target;
 pub use sighting::{BackingFile, BackupSupport, DomainDisk, DomainSighting, DomainSightingSpec, DomainState};
 pub use transfer::{
-    Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, Protocol, TransferFormat,
+    Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, Protocol, TimeoutPolicy,
+    TransferFormat, TransferState,
 };
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSON};
@@ -97,6 +98,8 @@ pub enum Phase {
     Ready,
     /// Ending: the host is being cleaned.
     Finalizing,
+    /// Usable again once somebody says so (transfers only).
+    Paused,
     /// Ended well.
     Succeeded,
     /// Ended otherwise; the conditions say why.
@@ -107,8 +110,15 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase.
-    pub const ALL: &[Self] =
-        &[Self::Initializing, Self::Ready, Self::Finalizing, Self::Succeeded, Self::Failed, Self::Cancelled];
+    pub const ALL: &[Self] = &[
+        Self::Initializing,
+        Self::Ready,
+        Self::Finalizing,
+        Self::Paused,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
 
     /// As objects spell it.
     pub fn as_str(self) -> &'static str {
@@ -116,6 +126,7 @@ impl Phase {
             Self::Initializing => "Initializing",
             Self::Ready => "Ready",
             Self::Finalizing => "Finalizing",
+            Self::Paused => "Paused",
             Self::Succeeded => "Succeeded",
             Self::Failed => "Failed",
             Self::Cancelled => "Cancelled",
@@ -128,7 +139,7 @@ impl Phase {
     }
 }
 
-/// What the user wants of a running backup or transfer. One way: it never returns to `Running`.
+/// What the user wants of a running backup. One way: it never returns to `Running`.
 #[derive(Serialize, Deserialize, schemars::JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DesiredState {
     /// Go on.

@@ -77,15 +77,43 @@ fn state_goes_one_way() {
         for (to, new) in states.iter().enumerate() {
             let (before, after) = (with(json!({"state": old})), with(json!({"state": new})));
             assert_eq!(after.validate_cel_update(&before).is_ok(), to >= from, "{old} to {new}");
-            let transfer = |state: &str| -> ImageTransfer {
-                serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "ImageTransfer",
-                    "metadata": {"name": "t"}, "spec": {"backup": "b", "disk": "vda", "state": state}}))
-                .unwrap()
-            };
+            let transfer = |state: &str| transfer(json!({"state": state}));
             let moved = transfer(new).validate_cel_update(&transfer(old));
             assert_eq!(moved.is_ok(), to >= from, "transfer: {old} to {new}");
         }
+        let paused = transfer(json!({"state": "Paused"}));
+        let other = transfer(json!({"state": old}));
+        assert!(other.validate_cel_update(&paused).is_ok(), "transfer: Paused to {old}");
+        assert_eq!(
+            paused.validate_cel_update(&other).is_ok(),
+            *old == "Running",
+            "transfer: {old} to Paused"
+        );
     }
+}
+
+fn transfer(more: Value) -> ImageTransfer {
+    let mut spec = json!({"backup": "b", "disk": "vda"});
+    if let (Some(spec), Value::Object(more)) = (spec.as_object_mut(), more) {
+        spec.extend(more);
+    }
+    serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "ImageTransfer",
+        "metadata": {"name": "t"}, "spec": spec}))
+    .unwrap()
+}
+
+#[test]
+fn what_qemu_serves_itself_has_no_time_and_no_pause() {
+    for (nbd, refusal) in [
+        (json!({"protocol": "Nbd", "state": "Paused"}), "cannot be paused"),
+        (json!({"protocol": "Nbd", "inactivityTimeoutSeconds": 60}), "needs protocol Imageio"),
+    ] {
+        let refused = format!("{:?}", transfer(nbd.clone()).validate_cel().unwrap_err());
+        assert!(refused.contains(refusal), "{nbd}: {refused}");
+    }
+    transfer(json!({"protocol": "Nbd"})).validate_cel().unwrap();
+    let all = json!({"state": "Paused", "inactivityTimeoutSeconds": 60, "timeoutPolicy": "Pause"});
+    transfer(all).validate_cel().unwrap();
 }
 
 #[test]

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DesiredState, NbdExport, Phase, schema};
+use super::{NbdExport, Phase, schema};
 
 /// Which bytes may be moved, and how.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -37,6 +37,13 @@ use super::{DesiredState, NbdExport, Phase, schema};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.protocol != 'Nbd' || !has(self.inactivityTimeoutSeconds)")
+        .message("inactivityTimeoutSeconds needs protocol Imageio: what is read of QEMU's socket is not seen")
+        .field_path(".inactivityTimeoutSeconds"),
+    validation = Rule::new("self.protocol != 'Nbd' || self.state != 'Paused'")
+        .message("a transfer with protocol Nbd cannot be paused: QEMU serves it").field_path(".state")
+)]
 pub struct ImageTransferSpec {
     /// Name of the VmBackup to read from, in this namespace. It may not be Ready yet, or not exist yet.
     #[schemars(length(min = 1, max = 180), regex(pattern = schema::OBJECT_NAME))]
@@ -60,12 +67,45 @@ pub struct ImageTransferSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("protocol is immutable"))]
     pub protocol: Protocol,
-    /// What you want of it: Running, then Finalized when the disk was read, or Cancelled. Finalizing the
-    /// backup ends its transfers too. It never goes back.
+    /// What you want of it: Running, or Paused for a while, then Finalized when the disk was read, or Cancelled.
+    /// Finalizing the backup ends its transfers too. From an end it never goes back.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf == 'Running' || self == 'Cancelled'")
-        .message("state goes one way: Running, Finalized, Cancelled"))]
-    pub state: DesiredState,
+    #[x_kube(validation = Rule::new("self == oldSelf || oldSelf in ['Running', 'Paused'] || self == 'Cancelled'")
+        .message("state goes one way: Running or Paused, Finalized, Cancelled"))]
+    pub state: TransferState,
+    /// Seconds without any request on the ticket after which timeoutPolicy is obeyed. Unset: as long as the backup lives, which
+    /// has a clientIdleSeconds of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 2_592_000))]
+    pub inactivity_timeout_seconds: Option<i32>,
+    /// What to do after inactivityTimeoutSeconds. Cancel: end it. Pause: answer no request until the spec is changed, by more
+    /// inactivityTimeoutSeconds say; the ticket stays the same.
+    #[serde(default)]
+    pub timeout_policy: TimeoutPolicy,
+}
+
+/// What the user wants of a transfer.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TransferState {
+    /// Go on.
+    #[default]
+    Running,
+    /// Answer no request until it is Running again.
+    Paused,
+    /// The disk was read: end it well.
+    Finalized,
+    /// Give up: end it and leave nothing.
+    Cancelled,
+}
+
+/// What to do about a transfer that nobody uses.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TimeoutPolicy {
+    /// End it.
+    #[default]
+    Cancel,
+    /// Answer no request until the spec is changed.
+    Pause,
 }
 
 /// Which way the bytes go.
@@ -102,7 +142,7 @@ pub struct ImageTransferStatus {
     /// The generation of the spec that this status answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Where the transfer is: Initializing, Ready, Finalizing, then Succeeded, Failed or Cancelled.
+    /// Where the transfer is: Initializing, Ready, maybe Paused, then Succeeded, Failed or Cancelled.
     #[serde(default)]
     pub phase: Phase,
     /// Ready: the ticket answers. Reconciling: not done yet. Stalled: failed for good. Succeeded: the

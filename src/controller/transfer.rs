@@ -13,7 +13,7 @@ use super::backup::resolve::NodeHealth;
 use super::context::{Parting, is_host_clean, parting};
 use super::{Context, OperatorError};
 use crate::api::conditions::{self, Observation};
-use crate::api::{self, DesiredState, ImageTransfer, ImageTransferStatus, Phase, VmBackup};
+use crate::api::{self, ImageTransfer, ImageTransferStatus, Phase, TransferState, VmBackup};
 use crate::clock;
 use crate::cluster;
 use crate::killpoint;
@@ -35,7 +35,7 @@ fn resolve(
 ) -> Result<(String, String), (Phase, Because)> {
     let wait = |reason, message: String| Err((Phase::Initializing, Because::new(reason, message)));
     let fail = |phase, reason, message: String| Err((phase, Because::new(reason, message)));
-    if transfer.spec.state == DesiredState::Cancelled {
+    if transfer.spec.state == TransferState::Cancelled {
         return fail(Phase::Cancelled, Reason::Cancelled, "cancelled before it was bound".to_owned());
     }
     let name = &transfer.spec.backup;

@@ -211,6 +211,7 @@ impl Service {
             self.tickets.begin(id, &self.connection.cut, &self.connection.progress).map_err(|denied| {
                 Failure::Denied(Refusal::forbidden(&match denied {
                     Denied::NoSuchTicket => format!("No such ticket {id}"),
+                    Denied::Expired { transfer } => format!("Transfer={transfer} expired"),
                     Denied::Canceled { transfer } => format!("Transfer={transfer} was canceled"),
                 }))
             })?;

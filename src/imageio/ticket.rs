@@ -118,6 +118,8 @@ pub struct Ticket {
 pub enum End {
     /// Requests hear that the transfer was canceled.
     Canceled,
+    /// Requests hear that the ticket expired: as those of a paused transfer do with oVirt. It may be added again.
+    Paused,
     /// Requests hear that there is no such ticket.
     Removed,
 }
@@ -127,6 +129,11 @@ pub enum End {
 pub enum Denied {
     /// No ticket has that id.
     NoSuchTicket,
+    /// The ticket's transfer is paused.
+    Expired {
+        /// Its uid.
+        transfer: String,
+    },
     /// The ticket's transfer was canceled.
     Canceled {
         /// Its uid.

@@ -1,10 +1,10 @@
 //! The tickets that are valid now, and what runs on them.
 //!
 //! ```text
-//!            add                    end(Canceled)
-//!  (none) --------> live ----------------------------> canceled   requests: "Transfer=X was canceled"
+//!            add                 end(Canceled | Paused)
+//!  (none) --------> live ----------------------------> ended      requests: "Transfer=X was canceled", "expired"
 //!     ^              |  begin -> Operation (active)        |
-//!     |              |                                     |
+//!     |              |<--------------- add -----------------+
 //!     +--------------+---- end(Removed), operations cut ---+      requests: "No such ticket"
 //! ```
 //!
@@ -135,7 +135,7 @@ struct Entry {
 
 impl Tickets {
     /// Makes a ticket valid, with the coverage of its disk. Adding one again replaces it and keeps what runs
-    /// on it; a canceled transfer becomes valid again.
+    /// on it; a paused or canceled transfer becomes valid again.
     pub fn add(&self, ticket: Ticket, coverage: Arc<SharedCoverage>) {
         info!(
             backup = ticket.backup,
@@ -147,7 +147,10 @@ impl Tickets {
         let mut entries = self.lock();
         let ticket = Arc::new(ticket);
         if let Some(entry) = entries.get_mut(&ticket.transfer) {
-            (entry.ticket, entry.coverage, entry.end) = (ticket, coverage, None);
+            if entry.end.take().is_some() {
+                entry.rested = Instant::now();
+            }
+            (entry.ticket, entry.coverage) = (ticket, coverage);
             return;
         }
         let entry = Entry {
@@ -241,6 +244,12 @@ impl Tickets {
         })
     }
 
+    /// Whether the transfer's ticket is valid.
+    #[must_use]
+    pub fn is_valid(&self, transfer: &str) -> bool {
+        self.lock().get(transfer).is_some_and(|entry| entry.end.is_none())
+    }
+
     /// How many tickets are valid.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -267,6 +276,9 @@ impl Tickets {
             None => {}
             Some((End::Canceled, _)) => {
                 return Err(Denied::Canceled { transfer: entry.ticket.transfer.clone() });
+            }
+            Some((End::Paused, _)) => {
+                return Err(Denied::Expired { transfer: entry.ticket.transfer.clone() });
             }
             Some((End::Removed, _)) => return Err(Denied::NoSuchTicket),
         }

@@ -104,3 +104,63 @@ fn what_was_zero_when_it_was_asked_for_need_not_be_read() -> Result<()> {
     }
     rig.host_is_clean()
 }
+
+#[test]
+fn a_transfer_is_paused_and_goes_on_with_the_same_ticket() -> Result<()> {
+    let rig = Rig::running("paused", small())?;
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    rig.backup("paused-1", json!({}))?;
+    let transfer = "paused-1-vda";
+    let ticket = rig.ticket(transfer)?;
+    let then = rig.vm.remember("vda")?;
+    assert_eq!(ticket.curl(&[])?, "200");
+    let spec = |spec: serde_json::Value| {
+        rig.kubectl(&["patch", "imgt", transfer, "--type=merge", "-p", &json!({"spec": spec}).to_string()])
+    };
+
+    rig.state("imagetransfer", transfer, "Paused")?;
+    let status = rig.phase("imagetransfer", transfer, "Paused")?;
+    assert_eq!(status["ticketSecret"], ticket.secret.as_str(), "it stays the same");
+    let answer = rig.files.path().join("answer");
+    assert_eq!(ticket.curl(&["-o", &answer.to_string_lossy()])?, "403");
+    let answer = std::fs::read_to_string(&answer)?;
+    assert!(answer.contains("expired"), "as imageio says it: {answer}");
+    rig.state("imagetransfer", transfer, "Running")?;
+    rig.phase("imagetransfer", transfer, "Ready")?;
+    assert_eq!(ticket.curl(&[])?, "200");
+
+    spec(json!({"inactivityTimeoutSeconds": 1, "timeoutPolicy": "Pause"}))?;
+    rig.phase("imagetransfer", transfer, "Paused")?;
+    let message = rig.reason("imagetransfer", transfer, "Paused")?;
+    assert!(message.contains("no request for 1 s"), "{message}");
+    assert_eq!(ticket.curl(&[])?, "403");
+    // oVirt's extend
+    spec(json!({"inactivityTimeoutSeconds": 600}))?;
+    rig.phase("imagetransfer", transfer, "Ready")?;
+    assert_eq!(ticket.curl(&[])?, "200");
+    rig.read(transfer, &then)?;
+    rig.state("vmbackup", "paused-1", "Finalized")?;
+    rig.phase("vmbackup", "paused-1", "Succeeded")?;
+    rig.made("vmcheckpoint", &rig.checkpoint_of("paused-1")?);
+    rig.phase("imagetransfer", transfer, "Succeeded").map(drop)
+}
+
+#[test]
+fn a_transfer_that_nobody_uses_ends_and_its_backup_does_not() -> Result<()> {
+    let rig = Rig::running("unused", small())?;
+    rig.backup("unused-1", json!({"transfers": "Manual"}))?;
+    let once = json!({"backup": "unused-1", "disk": "vda", "inactivityTimeoutSeconds": 1});
+    rig.transfer("unused-t", &once)?;
+    rig.phase("imagetransfer", "unused-t", "Cancelled")?;
+    rig.reason("imagetransfer", "unused-t", "TransferInactive")?;
+    assert_eq!(rig.get("vmbackup", "unused-1")?["status"]["phase"], "Ready");
+    // one that waits paused from its birth has no ticket yet
+    rig.transfer("unused-p", &json!({"backup": "unused-1", "disk": "vda", "state": "Paused"}))?;
+    assert!(rig.phase("imagetransfer", "unused-p", "Paused")?["ticketSecret"].is_null());
+    rig.state("imagetransfer", "unused-p", "Running")?;
+    assert_eq!(rig.ticket("unused-p")?.curl(&[])?, "200");
+    rig.state("vmbackup", "unused-1", "Cancelled")?;
+    rig.phase("vmbackup", "unused-1", "Failed")?;
+    rig.phase("imagetransfer", "unused-p", "Cancelled")?;
+    rig.host_is_clean()
+}

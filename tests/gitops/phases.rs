@@ -126,8 +126,11 @@ fn ready(stage: &mut Stage) -> Result<Value> {
     stage.apply("imagetransfer", "ImageTransfer", "gitops-nbd", &of_first(json!({"protocol": "Nbd"})))?;
     stage.apply("imagetransfer", "ImageTransfer", "gitops-cancelled", &of_first(json!({})))?;
     stage.apply("imagetransfer", "ImageTransfer", "gitops-succeeded", &of_first(json!({})))?;
+    let paused = of_first(json!({"state": "Paused"}));
+    stage.apply("imagetransfer", "ImageTransfer", "gitops-paused", &paused)?;
     let rig = &stage.rig;
     rig.phase("vmbackup", "gitops-1", "Ready")?;
+    rig.phase("imagetransfer", "gitops-paused", "Paused")?;
     for transfer in ["gitops-1-vda", "gitops-nbd", "gitops-cancelled", "gitops-succeeded"] {
         rig.phase("imagetransfer", transfer, "Ready")?;
     }
@@ -135,6 +138,7 @@ fn ready(stage: &mut Stage) -> Result<Value> {
         ("VmBackup", "ready", "gitops-1"),
         ("ImageTransfer", "ready", "gitops-1-vda"),
         ("ImageTransfer", "ready-nbd", "gitops-nbd"),
+        ("ImageTransfer", "paused", "gitops-paused"),
     ])?;
 
     let rig = &stage.rig;

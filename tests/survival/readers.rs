@@ -108,9 +108,24 @@ fn an_agent_that_is_told_to_stop_answers_to_the_end_and_its_successor_knows() ->
     wait_until(BOUND, "the agent to end", || Ok((!rig.bed.agents[1].process.is_alive()).then_some(())))?;
     ensure!(!rig.bed.agents[1].log().contains("panicked"), "{}", rig.bed.agents[1].log());
 
+    // paused while there was no agent, and over the next one's restart
+    rig.state("imagetransfer", "graceful-1-vda", "Paused")?;
     rig.bed.agents[1].restart(&[])?;
     rig.bed.store()?;
-    wait_until(BOUND, "the agent to serve again", || Ok(ticket.curl(&["-H", "Range: bytes=0-0"]).ok()))?;
+    rig.phase("imagetransfer", "graceful-1-vda", "Paused")?;
+    for _ in 0..2 {
+        wait_until(BOUND, "the agent to refuse", || {
+            let said = ticket.curl(&["-H", "Range: bytes=0-0"]).ok();
+            ensure!(said.as_deref().is_none_or(|said| said == "403"), "a paused ticket answers {said:?}");
+            Ok(said)
+        })?;
+        rig.bed.agents[1].restart(&[])?;
+        rig.bed.store()?;
+    }
+    rig.state("imagetransfer", "graceful-1-vda", "Running")?;
+    wait_until(BOUND, "the agent to serve again", || {
+        Ok(ticket.curl(&["-H", "Range: bytes=0-0"]).ok().filter(|said| said == "206"))
+    })?;
     rig.state("vmbackup", "graceful-1", "Finalized")?;
     let message = rig.reason("vmbackup", "graceful-1", "TransfersIncomplete")?;
     ensure!(message.contains(&format!("vda: {} bytes", 24 * MIB)), "nothing served is forgotten: {message}");

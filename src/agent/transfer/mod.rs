@@ -4,6 +4,7 @@
 //! and nowhere else: never into status, Events or logs.
 
 pub mod status;
+mod wish;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -19,13 +20,14 @@ use kube::{Api, Resource as _, ResourceExt as _};
 use serde::{Deserialize, Serialize};
 
 use self::status::{Observed, PROGRESS_SECONDS, Standing};
+use self::wish::{Wish, wish};
 use super::backup::life::Outcome;
 use super::context::DRAIN;
 use super::registry::Live;
 use super::state::Record;
 use super::{AgentError, Context};
 use crate::api::{
-    self, DesiredState, ImageTransfer, ImageTransferStatus, NbdExport, Phase, Protocol, VmBackup, conditions,
+    self, ImageTransfer, ImageTransferStatus, NbdExport, Phase, Protocol, VmBackup, conditions,
 };
 use crate::clock;
 use crate::cluster;
@@ -46,6 +48,9 @@ pub struct StoredTicket {
     pub secret: u32,
     /// Bytes of the disk that must be read.
     pub required: u64,
+    /// It answers no request for now.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 impl StoredTicket {
@@ -88,23 +93,17 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         };
     };
     let record = live.record.lock().await;
-    // one that the operator ended while this agent was away is ended here too
-    let wish = if transfer.meta().deletion_timestamp.is_some() || old.phase.is_terminal() {
-        DesiredState::Cancelled
-    } else {
-        transfer.spec.state
-    };
-    let standing = match (&record.life.outcome, wish) {
+    let idle = context.tickets.stats(&uid).map(|stats| stats.idle);
+    let standing = match (&record.life.outcome, wish(&transfer, idle)) {
         (Some(outcome), _) => after(outcome),
-        (None, DesiredState::Cancelled) => {
-            Standing::Ended(Phase::Cancelled, Because::new(Reason::Cancelled, "the user cancelled it"))
-        }
+        (None, Wish::End(Phase::Cancelled, because)) => Standing::Ended(Phase::Cancelled, because),
         (None, _) if !record.life.is_serving() => Standing::Waiting("the backup is not Ready yet"),
-        (None, DesiredState::Finalized) => Standing::Ended(
-            Phase::Succeeded,
-            Because::new(Reason::Finalized, "the client says that it is done"),
-        ),
-        (None, DesiredState::Running) => open(&transfer, &uid, &live, &record, &context).await?,
+        (None, Wish::End(phase, because)) => Standing::Ended(phase, because),
+        (None, Wish::Pause(because)) => {
+            pause(&uid, &record, &context)?;
+            Standing::Paused(because)
+        }
+        (None, Wish::Open) => open(&transfer, &uid, &live, &record, &context).await?,
     };
     let ends = matches!(standing, Standing::Ended(..));
     if ends {
@@ -242,6 +241,7 @@ async fn open(
             },
             secret: 1,
             required: context.unread(live, record, disk).await?,
+            paused: false,
         },
     };
     if is_new {
@@ -254,13 +254,14 @@ async fn open(
     if transfer.status.as_ref().is_some_and(|status| status.ticket_secret.is_some()) {
         live.announce(uid);
     }
-    if live.is_announced(uid) && context.tickets.stats(uid).is_some() {
+    if live.is_announced(uid) && context.tickets.is_valid(uid) {
         return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
     }
     let Some(ca) = context.certificate.ca() else {
         return Ok(Standing::Waiting("the node's image server waits for its certificate"));
     };
     let api = Api::<Secret>::namespaced(context.client.clone(), &record.namespace);
+    ticket.paused = false;
     loop {
         // stored first: a Secret of this number that is there already is then known to be ours
         context.host.state.store_ticket(&record.uid, uid, &ticket)?;
@@ -277,6 +278,20 @@ async fn open(
     let name = secret_name(uid, ticket.secret);
     context.tickets.add(ticket.ticket, coverage);
     Ok(Standing::Open { secret: Some(name), nbd: None })
+}
+
+/// Has the ticket answer no request until it is opened again; one that is not there yet is not made. Its Secret stays.
+fn pause(uid: &str, record: &Record, context: &Context) -> Result<(), AgentError> {
+    let stored = context.host.state.tickets::<StoredTicket>(&record.uid)?;
+    let open = stored.into_iter().find(|(transfer, stored)| transfer == uid && !stored.paused);
+    if let Some((_, stored)) = open {
+        let paused = StoredTicket { paused: true, ..stored };
+        context.host.state.store_ticket(&record.uid, uid, &paused)?;
+    }
+    if context.tickets.is_valid(uid) {
+        context.tickets.end(uid, End::Paused);
+    }
+    Ok(())
 }
 
 fn secret_name(uid: &str, number: u32) -> String {
@@ -391,6 +406,12 @@ async fn write(
             let (backup, uid) =
                 (new.backup_uid.clone().unwrap_or_default(), transfer.uid().unwrap_or_default());
             tracing::info!(backup, transfer = uid, disk = transfer.spec.disk, phase = ?new.phase, "transfer");
+            if let Standing::Paused(because) | Standing::Ended(_, because) = &observed.standing
+                && [Reason::Paused, Reason::TransferInactive].contains(&because.reason)
+            {
+                let warning = because.reason == Reason::TransferInactive;
+                context.events.tell(transfer, warning, "Transfer", because).await;
+            }
         }
     }
     Ok(match new.phase {

@@ -25,6 +25,8 @@ pub enum Standing {
         /// The export (protocol Nbd).
         nbd: Option<NbdExport>,
     },
+    /// The bytes cannot be read for now.
+    Paused(Because),
     /// It ended.
     Ended(Phase, Because),
 }
@@ -78,6 +80,10 @@ pub fn status(old: &ImageTransferStatus, observed: &Observed) -> ImageTransferSt
                 None => Because::new(Reason::TicketReady, "the ticket answers"),
                 Some(_) => Because::new(Reason::AwaitingFinalize, "the export answers on the node's socket"),
             }
+        }
+        Standing::Paused(because) => {
+            new.phase = Phase::Paused;
+            because.clone()
         }
         Standing::Ended(phase, because) => {
             new.phase = *phase;
@@ -157,6 +163,7 @@ mod tests {
         for (standing, phase) in [
             (Standing::Waiting("wait"), Phase::Initializing),
             (open(), Phase::Ready),
+            (Standing::Paused(Because::new(Reason::Paused, "by the user")), Phase::Paused),
             (ended, Phase::Cancelled),
         ] {
             let first = status(&ImageTransferStatus::default(), &observed(standing.clone(), 5, 1));

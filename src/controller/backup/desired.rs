@@ -8,8 +8,8 @@ use kube::{Resource as _, ResourceExt as _};
 
 use super::resolve::Binding;
 use crate::api::{
-    self, CheckpointDisk, DesiredState, Direction, ImageTransfer, ImageTransferSpec, Protocol,
-    TransferFormat, VmBackup, VmCheckpoint, VmCheckpointSpec,
+    self, CheckpointDisk, Direction, ImageTransfer, ImageTransferSpec, Protocol, TimeoutPolicy,
+    TransferFormat, TransferState, VmBackup, VmCheckpoint, VmCheckpointSpec,
 };
 
 /// The name of the checkpoint of a backup: its name, and the start of its uid, for a name can be used again.
@@ -60,7 +60,9 @@ pub fn transfers(backup: &VmBackup) -> Vec<ImageTransfer> {
             direction: Direction::Download,
             format: TransferFormat::Raw,
             protocol: Protocol::Imageio,
-            state: DesiredState::Running,
+            state: TransferState::Running,
+            inactivity_timeout_seconds: None,
+            timeout_policy: TimeoutPolicy::Cancel,
         },
         status: None,
     };

@@ -59,6 +59,7 @@ const NEVER: &[(&str, &[&str])] = &[
     ("agent/backup/scratch.rs", DECISION),
     ("agent/backup/status.rs", DECISION),
     ("agent/transfer/status.rs", DECISION),
+    ("agent/transfer/wish.rs", DECISION),
     ("agent/certificate/renewal.rs", ADDRESSES),
     ("agent/metrics.rs", DECISION),
     ("agent/survey/report.rs", DECISION),

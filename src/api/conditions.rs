@@ -106,7 +106,7 @@ pub enum Standing {
     InUse,
     /// As it should be.
     Good,
-    /// It stays as it is until somebody outside does something: a VM that is off, a transfer that is paused.
+    /// It stays as it is until somebody outside does something, and no time runs: a VM that is off.
     Idle,
     /// Failed for good.
     Stuck,
@@ -116,9 +116,8 @@ impl Standing {
     /// Of an object that is done when it succeeded.
     fn of_one_shot(phase: Phase) -> Self {
         match phase {
-            Phase::Initializing | Phase::Finalizing => Self::OnItsWay,
+            Phase::Initializing | Phase::Finalizing | Phase::Paused => Self::OnItsWay,
             Phase::Ready => Self::InUse,
-            Phase::Paused => Self::Idle,
             Phase::Succeeded => Self::Good,
             Phase::Failed | Phase::Cancelled => Self::Stuck,
         }

@@ -189,8 +189,9 @@ impl Tickets {
         if end == End::Removed && entry.active.is_empty() {
             entries.remove(transfer);
         }
-        let canceled: Vec<_> =
-            entries.iter().filter(|(_, entry)| entry.end.is_some() && entry.active.is_empty()).collect();
+        let forgettable =
+            |entry: &Entry| matches!(entry.end, Some((End::Canceled, _))) && entry.active.is_empty();
+        let canceled: Vec<_> = entries.iter().filter(|(_, entry)| forgettable(entry)).collect();
         if canceled.len() > REMEMBERED {
             let oldest = canceled.into_iter().min_by_key(|(_, entry)| entry.end.map(|(_, at)| at));
             if let Some(transfer) = oldest.map(|(transfer, _)| transfer.clone()) {

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::json;
-use virtmark_bed::{Disk, compare};
+use virtmark_bed::{Disk, compare, wait_until};
 
 use super::chain::restore;
-use super::rig::{MIB, Rig, small};
+use super::rig::{BOUND, MIB, Rig, small};
 
 #[test]
 fn a_transfer_may_be_applied_before_its_backup() -> Result<()> {
@@ -118,13 +119,16 @@ fn a_transfer_is_paused_and_goes_on_with_the_same_ticket() -> Result<()> {
         rig.kubectl(&["patch", "imgt", transfer, "--type=merge", "-p", &json!({"spec": spec}).to_string()])
     };
 
-    rig.state("imagetransfer", transfer, "Paused")?;
+    // the time of the pause does not count
+    spec(json!({"inactivityTimeoutSeconds": 5, "state": "Paused"}))?;
     let status = rig.phase("imagetransfer", transfer, "Paused")?;
     assert_eq!(status["ticketSecret"], ticket.secret.as_str(), "it stays the same");
     let answer = rig.files.path().join("answer");
     assert_eq!(ticket.curl(&["-o", &answer.to_string_lossy()])?, "403");
     let answer = std::fs::read_to_string(&answer)?;
     assert!(answer.contains("expired"), "as imageio says it: {answer}");
+    let paused = Instant::now();
+    wait_until(BOUND, "more than its time to pass", || Ok((paused.elapsed().as_secs() >= 6).then_some(())))?;
     rig.state("imagetransfer", transfer, "Running")?;
     rig.phase("imagetransfer", transfer, "Ready")?;
     assert_eq!(ticket.curl(&[])?, "200");

@@ -51,7 +51,7 @@ rows! {
         "waiting-backup-not-ready" "Initializing: `BackupNotReady`", InProgress, Progressing, [Reconciling];
         "ready" "Ready: `TicketReady`", InProgress, Progressing, [Ready Reconciling];
         "ready-nbd" "Ready: `AwaitingFinalize`", InProgress, Progressing, [Ready Reconciling];
-        "paused" "Paused", InProgress, Suspended, [];
+        "paused" "Paused", InProgress, Progressing, [Reconciling];
         "succeeded" "Succeeded", Current, Healthy, [Ready Succeeded];
         "succeeded-and-changed" "Succeeded, its spec changed since", Current, Healthy, [Ready Succeeded];
         "failed" "Failed", Failed, Degraded, [Stalled];

@@ -59,13 +59,20 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         };
     };
     let record = live.record.lock().await;
-    let idle = context.tickets.stats(&uid).map(|stats| stats.idle);
-    let standing = match (&record.life.outcome, wish(&transfer, idle)) {
+    let idle = || context.tickets.stats(&uid).map(|stats| stats.idle);
+    let is_used = || wish(&transfer, idle()) == Wish::Open;
+    let standing = match (&record.life.outcome, wish(&transfer, idle())) {
         (Some(outcome), _) => after(outcome),
         (None, Wish::End(Phase::Cancelled, because)) => Standing::Ended(Phase::Cancelled, because),
         (None, _) if !record.life.is_serving() => Standing::Waiting("the backup is not Ready yet"),
         (None, Wish::End(phase, because)) => Standing::Ended(phase, because),
         (None, Wish::Pause(because)) => {
+            // in the newer one somebody may say that it goes on, or somebody used it meanwhile
+            if old.phase != Phase::Paused
+                && (!cluster::is_newest(&api(&transfer, &context), &*transfer).await? || is_used())
+            {
+                return Ok(Requeue::requeue(SOON));
+            }
             pause(&uid, &record, &context)?;
             Standing::Paused(because)
         }
@@ -78,6 +85,10 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
             // what was finalized may be cancelled in the newer one, which is on its way here
             return Ok(Requeue::requeue(SOON));
         }
+        if is_unused(&standing) && is_used() {
+            // somebody used it meanwhile
+            return Ok(Requeue::requeue(SOON));
+        }
         end(&transfer, &uid, &live, &record, &standing, &context).await?;
     }
     let observed = observe(&transfer, standing, Some(&live), Some(&record), &context);
@@ -87,6 +98,10 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         context.wake_backup(&backup_uid);
     }
     requeue
+}
+
+fn is_unused(standing: &Standing) -> bool {
+    matches!(standing, Standing::Ended(_, because) if because.reason == Reason::TransferInactive)
 }
 
 fn api(transfer: &ImageTransfer, context: &Context) -> Api<ImageTransfer> {

@@ -132,14 +132,15 @@ pub(super) async fn open(
 
 /// Has the ticket answer no request until it is opened again; one that is not there yet is not made. Its Secret stays.
 pub(super) fn pause(uid: &str, record: &Record, context: &Context) -> Result<(), AgentError> {
+    // whatever becomes of the state directory
+    if context.tickets.is_valid(uid) {
+        context.tickets.end(uid, End::Paused);
+    }
     let stored = context.host.state.tickets::<StoredTicket>(&record.uid)?;
     let open = stored.into_iter().find(|(transfer, stored)| transfer == uid && !stored.paused);
     if let Some((_, stored)) = open {
         let paused = StoredTicket { paused: true, ..stored };
         context.host.state.store_ticket(&record.uid, uid, &paused)?;
-    }
-    if context.tickets.is_valid(uid) {
-        context.tickets.end(uid, End::Paused);
     }
     Ok(())
 }

@@ -41,26 +41,21 @@ pub fn wish(transfer: &ImageTransfer, idle: Option<Duration>) -> Wish {
             let because = Because::new(Reason::Finalized, "the client says that it is done");
             Wish::End(Phase::Succeeded, because)
         }
-        TransferState::Paused => Wish::Pause(Because::new(
-            Reason::Paused,
-            "the user paused it: set spec.state to Running to go on",
-        )),
+        TransferState::Paused => Wish::Pause(Because::new(Reason::Paused, "the user paused it")),
         TransferState::Running => {
             let Some(bound) = transfer.spec.inactivity_timeout_seconds.and_then(|s| u64::try_from(s).ok())
             else {
                 return Wish::Open;
             };
-            let told = status.is_some_and(|status| {
-                status.phase == Phase::Paused && status.observed_generation == transfer.metadata.generation
-            });
-            let unused = idle.is_some_and(|idle| idle >= Duration::from_secs(bound));
+            let paused = status.filter(|status| status.phase == Phase::Paused);
+            let told =
+                paused.is_some_and(|status| status.observed_generation == transfer.metadata.generation);
+            // while it was paused nobody could use it: its time begins anew
+            let unused = paused.is_none() && idle.is_some_and(|idle| idle >= Duration::from_secs(bound));
             match transfer.spec.timeout_policy {
-                TimeoutPolicy::Pause if told || unused => Wish::Pause(Because::new(
-                    Reason::Paused,
-                    format!(
-                        "no request for {bound} s: change spec to go on, its inactivityTimeoutSeconds say"
-                    ),
-                )),
+                TimeoutPolicy::Pause if told || unused => {
+                    Wish::Pause(Because::new(Reason::Paused, format!("no request for {bound} s")))
+                }
                 TimeoutPolicy::Cancel if unused => {
                     cancelled(Reason::TransferInactive, format!("no request for {bound} s"))
                 }
@@ -115,13 +110,13 @@ mod tests {
             (cancel.clone(), Phase::Ready, 2, Some(60), "Cancelled TransferInactive"),
             (cancel.clone(), Phase::Ready, 2, None, "open"),
             // paused by its user, and then not any more: its time begins anew
-            (cancel, Phase::Paused, 1, Some(0), "open"),
+            (cancel, Phase::Paused, 1, Some(9_999), "open"),
             (pause.clone(), Phase::Ready, 2, Some(59), "open"),
             (pause.clone(), Phase::Ready, 2, Some(60), "pause Paused"),
             // an agent that is new does not know of the time
             (pause.clone(), Phase::Paused, 2, Some(0), "pause Paused"),
             (pause.clone(), Phase::Paused, 2, None, "pause Paused"),
-            (pause, Phase::Paused, 1, Some(0), "open"),
+            (pause, Phase::Paused, 1, Some(9_999), "open"),
         ] {
             let transfer = transfer(&spec, phase, observed);
             let found = wish(&transfer, idle.map(Duration::from_secs));

@@ -55,6 +55,9 @@ pub fn operator(namespace: &str) -> Vec<Value> {
         rule("", &["secrets", "configmaps"], &["create"]),
         json!({"apiGroups": [""], "resources": ["secrets", "configmaps"], "resourceNames": [AUTHORITY],
             "verbs": ["get", "update"]}),
+        // whether Helm made it, before backups are cancelled for it
+        json!({"apiGroups": ["batch"], "resources": ["jobs"], "resourceNames": ["virtmark-uninstall"],
+            "verbs": ["get"]}),
         // the lease by which one operator leads; the heartbeats of agents, which are told to Prometheus
         rule(COORDINATION, &["leases"], &["get", "list", "create", "update", "patch"]),
     ];

@@ -2,9 +2,13 @@
 //! on a host. The chart's hook runs it, with the operator's own rights, while operator and agents still run. It deletes
 //! nothing, and ends no chain.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::bail;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
 use tokio::time::{Instant, sleep};
@@ -12,14 +16,18 @@ use tokio::time::{Instant, sleep};
 use super::chain;
 use super::config::Config;
 use super::context::is_host_clean;
-use crate::api::{self, DesiredState, Phase, VmBackup, VmCheckpoint};
+use crate::api::{self, DesiredState, FINALIZER, ImageTransfer, Phase, VmBackup, VmCheckpoint};
 use crate::cluster;
 
 /// How soon to look again.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// How long a backup that its user finalized has to begin with that, before it is cancelled.
+/// How long a backup that its user finalized has to begin with that, before it is cancelled: at most, and half of the time that
+/// there is.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// The Job that runs this, by Helm's hand.
+const JOB: &str = "virtmark-uninstall";
 
 /// What is to be done about a backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,21 +40,34 @@ enum Step {
     Cancel,
 }
 
-/// What is to be done about a backup after so long a wait. Pure.
-fn step(backup: &VmBackup, waited: Duration) -> Step {
-    let phase = backup.status.as_ref().map(|status| status.phase).unwrap_or_default();
-    if phase.is_terminal() {
-        return Step::Ended;
+/// What is to be done about a backup. `graceful`: one that its user finalized may still begin with that; `nodes`: those that there
+/// are. Pure.
+fn step(backup: &VmBackup, graceful: bool, nodes: &BTreeSet<String>) -> Step {
+    let status = backup.status.clone().unwrap_or_default();
+    let on_its_way_out = backup.metadata.deletion_timestamp.is_some();
+    if status.phase.is_terminal() {
+        // of a node that is gone nobody will ever say so
+        let clean = status.node_name.as_ref().is_none_or(|node| !nodes.contains(node));
+        let clean = clean || is_host_clean(&status.conditions);
+        return if clean && !is_going(&backup.metadata) { Step::Ended } else { Step::Wait };
     }
     // what is deleted ends as what is cancelled does
-    if phase == Phase::Finalizing || backup.metadata.deletion_timestamp.is_some() {
+    if status.phase == Phase::Finalizing || on_its_way_out {
         return Step::Wait;
     }
     match backup.spec.state {
         DesiredState::Running => Step::Cancel,
-        DesiredState::Finalized if waited >= GRACE => Step::Cancel,
+        DesiredState::Finalized if !graceful => Step::Cancel,
+        // it is not on a host, and never will be: that takes no operator
+        DesiredState::Cancelled if status.node_name.is_none() => Step::Ended,
         DesiredState::Finalized | DesiredState::Cancelled => Step::Wait,
     }
+}
+
+/// Whether an object is deleted, and waits for an operator or an agent to let it go. Pure.
+fn is_going(metadata: &ObjectMeta) -> bool {
+    let held = metadata.finalizers.iter().flatten().any(|finalizer| finalizer == FINALIZER);
+    metadata.deletion_timestamp.is_some() && held
 }
 
 /// Cancels what is open, in every namespace, and waits until all has ended, for at most `patience`; tells on standard
@@ -57,26 +78,37 @@ fn step(backup: &VmBackup, waited: Duration) -> Step {
 pub async fn end_backups(config: &Config, patience: Duration) -> anyhow::Result<()> {
     let client = cluster::connect(config.kubeconfig.as_deref()).await?;
     let began = Instant::now();
+    // the operator does a little more for what has ended: a second look finds that done
+    let mut quiet = false;
     loop {
         let waited = began.elapsed();
-        let open = look(&client, waited).await;
-        if let Ok(open) = &open
+        let open = look(&client, config, waited < GRACE.min(patience / 2)).await;
+        if let Ok(Looked::NoHook(manager)) = &open {
+            bail!(
+                "Job {JOB} was made by {manager} and not by Helm as a hook, so nothing is uninstalled, and nothing was cancelled: \
+                 render the chart with helm template --no-hooks"
+            );
+        }
+        if let Ok(Looked::Open(open)) = &open
             && open.is_empty()
         {
-            println!("no backup is open");
-            return Ok(());
+            if quiet {
+                println!("no backup is open");
+                return Ok(());
+            }
+            quiet = true;
+        } else if waited >= patience {
+            let Looked::Open(open) = open? else { continue };
+            bail!(
+                "after {} s these have not ended: {}; see why with kubectl describe, or uninstall with --no-hooks and leave \
+                 their jobs and scratch images to the hosts",
+                patience.as_secs(),
+                open.join(", ")
+            );
+        } else {
+            quiet = false;
         }
-        if waited < patience {
-            sleep(AGAIN).await;
-            continue;
-        }
-        let open = open?;
-        bail!(
-            "after {} s these have not ended: {}; see why with kubectl describe vmbackup, or uninstall with \
-             --no-hooks and leave their jobs and scratch images to the hosts",
-            patience.as_secs(),
-            open.join(", ")
-        );
+        sleep(AGAIN).await;
     }
 }
 
@@ -91,48 +123,94 @@ fn is_leftover(checkpoint: &VmCheckpoint, backups: &[VmBackup]) -> bool {
     made_with.is_some() && failed.any(|uid| uid == made_with) && !chain::is_usable(checkpoint)
 }
 
-/// Cancels what is to be cancelled; answers what has not ended, as `namespace/name (phase)`.
-async fn look(client: &Client, waited: Duration) -> Result<Vec<String>, kube::Error> {
-    let mut open = Vec::new();
-    let (backups, checkpoints) =
-        (Api::<VmBackup>::all(client.clone()), Api::<VmCheckpoint>::all(client.clone()));
-    let backups = cluster::remaining(&backups, &ListParams::default()).await?;
-    let checkpoints = cluster::remaining(&checkpoints, &ListParams::default()).await?;
-    for checkpoint in checkpoints.iter().filter(|checkpoint| is_leftover(checkpoint, &backups)) {
-        open.push(format!(
-            "checkpoint {}/{}",
-            checkpoint.namespace().unwrap_or_default(),
-            checkpoint.name_any()
-        ));
+/// Who made a Job as if it were an object like others, at each apply, as `helm template | kubectl apply` does with hooks. Pure.
+fn applier(job: &ObjectMeta) -> Option<&str> {
+    let entries = job.managed_fields.iter().flatten().filter(|entry| entry.subresource.is_none());
+    let mut managers = entries.filter_map(|entry| entry.manager.as_deref());
+    managers.find(|manager| ["kubectl", "kustomize"].iter().any(|applier| manager.starts_with(applier)))
+}
+
+/// What a look found.
+enum Looked {
+    /// Nothing is uninstalled: who made the Job that runs this.
+    NoHook(String),
+    /// What has not ended, as `namespace/name (phase)`.
+    Open(Vec<String>),
+}
+
+/// Cancels what is to be cancelled.
+async fn look(client: &Client, config: &Config, graceful: bool) -> Result<Looked, kube::Error> {
+    let jobs = Api::<Job>::namespaced(client.clone(), &config.system_namespace);
+    let job = jobs.get_metadata_opt(JOB).await?;
+    if let Some(manager) = job.as_ref().and_then(|job| applier(&job.metadata)) {
+        return Ok(Looked::NoHook(manager.to_owned()));
     }
+    let all = ListParams::default();
+    let nodes = Api::<Node>::all(client.clone()).list_metadata(&all).await?;
+    let nodes: BTreeSet<_> = nodes.iter().map(|node| node.name_any()).collect();
+    let backups = cluster::remaining(&Api::<VmBackup>::all(client.clone()), &all).await?;
+    let checkpoints = cluster::remaining(&Api::<VmCheckpoint>::all(client.clone()), &all).await?;
+    let transfers = cluster::remaining(&Api::<ImageTransfer>::all(client.clone()), &all).await?;
+    let mut open = Vec::new();
+    let named = |kind: &str, object: &ObjectMeta| {
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        format!("{kind}{}/{}", text(&object.namespace), text(&object.name))
+    };
+    let pending = checkpoints
+        .iter()
+        .filter(|checkpoint| is_going(&checkpoint.metadata) || is_leftover(checkpoint, &backups));
+    open.extend(pending.map(|checkpoint| named("checkpoint ", &checkpoint.metadata)));
+    let served = transfers.iter().filter(|transfer| {
+        let node = transfer.status.as_ref().filter(|status| !status.phase.is_terminal());
+        node.and_then(|status| status.node_name.as_ref()).is_some_and(|node| nodes.contains(node))
+    });
+    open.extend(served.map(|transfer| named("transfer ", &transfer.metadata)));
     for backup in backups {
-        let step = step(&backup, waited);
+        let step = step(&backup, graceful, &nodes);
         if step == Step::Ended {
             continue;
         }
-        let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
-        let phase = backup.status.as_ref().map(|status| status.phase).unwrap_or_default();
-        if step == Step::Cancel && cluster::cancel(client, &backup).await? {
-            println!("{namespace}/{name} was {}: cancelled", phase.as_str());
+        let name = named("", &backup.metadata);
+        let phase = backup.status.as_ref().map(|status| status.phase).unwrap_or_default().as_str();
+        let mut words = format!("{name} ({phase})");
+        if step == Step::Cancel {
+            match cluster::cancel(client, &backup).await {
+                Ok(true) => println!("{name} was {phase}: cancelled"),
+                Ok(false) => {}
+                // one that nobody may change does not keep the others
+                Err(error) => words += &format!(", which was not cancelled: {error}"),
+            }
         }
-        open.push(format!("{namespace}/{name} ({})", phase.as_str()));
+        open.push(words);
     }
-    Ok(open)
+    Ok(Looked::Open(open))
 }
 
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use serde_json::{Value, json};
 
     use super::*;
-    use crate::api::{VmBackupSpec, VmBackupStatus};
     use crate::clock;
 
-    fn backup(phase: Phase, state: DesiredState) -> VmBackup {
-        let spec = VmBackupSpec { state, ..serde_json::from_value(serde_json::json!({"vm": "db"})).unwrap() };
-        let mut backup = VmBackup::new("nightly", spec);
-        backup.status = Some(VmBackupStatus { phase, ..VmBackupStatus::default() });
-        backup
+    fn backup(phase: Phase, state: DesiredState, status: &Value) -> VmBackup {
+        let mut all = json!({"phase": phase, "nodeName": "node-a"});
+        for (key, value) in status.as_object().into_iter().flatten() {
+            all[key] = value.clone();
+        }
+        serde_json::from_value(json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": "VmBackup",
+            "metadata": {"name": "nightly"}, "spec": {"vm": "db", "state": state}, "status": all}))
+        .unwrap()
+    }
+
+    fn nodes() -> BTreeSet<String> {
+        BTreeSet::from(["node-a".to_owned()])
+    }
+
+    fn condition(kind: &str, status: &str, reason: &str) -> Value {
+        json!({"conditions": [{"type": kind, "status": status, "reason": reason, "message": "",
+            "lastTransitionTime": "2026-01-01T00:00:00Z"}]})
     }
 
     #[test]
@@ -145,21 +223,63 @@ mod tests {
             (Phase::Ready, Cancelled, Step::Wait, Step::Wait),
             (Phase::Finalizing, Running, Step::Wait, Step::Wait),
             (Phase::Finalizing, Finalized, Step::Wait, Step::Wait),
-            (Phase::Succeeded, Finalized, Step::Ended, Step::Ended),
-            (Phase::Failed, Running, Step::Ended, Step::Ended),
         ] {
-            let backup = backup(phase, state);
-            assert_eq!(step(&backup, Duration::ZERO), at_once, "{phase:?} {state:?}");
-            assert_eq!(step(&backup, GRACE), later, "{phase:?} {state:?}");
+            let backup = backup(phase, state, &json!({}));
+            assert_eq!(step(&backup, true, &nodes()), at_once, "{phase:?} {state:?}");
+            assert_eq!(step(&backup, false, &nodes()), later, "{phase:?} {state:?}");
         }
     }
 
     #[test]
+    fn what_ended_has_ended_once_its_host_is_clean_or_there_is_none() {
+        let ended = |status| backup(Phase::Failed, DesiredState::Running, &status);
+        let step = |backup: &VmBackup| step(backup, false, &nodes());
+        let mut clean = ended(condition("HostClean", "True", "HostClean"));
+        assert_eq!(step(&clean), Step::Ended);
+        clean.metadata.deletion_timestamp = Some(Time(clock::now()));
+        assert_eq!(step(&clean), Step::Ended, "nobody holds it");
+        clean.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+        assert_eq!(step(&clean), Step::Wait, "an operator lets it go");
+        assert_eq!(step(&ended(json!({"nodeName": "gone"}))), Step::Ended);
+        assert_eq!(step(&ended(json!({"nodeName": null}))), Step::Ended);
+        let deadline = condition("Ready", "False", "ReadyDeadlineExceeded");
+        assert_eq!(step(&ended(deadline)), Step::Wait, "its agent is away");
+    }
+
+    #[test]
     fn a_new_one_is_cancelled_and_a_deleted_one_is_waited_for() {
-        let mut new = backup(Phase::Ready, DesiredState::Running);
+        let mut new = backup(Phase::Ready, DesiredState::Running, &json!({}));
         new.status = None;
-        assert_eq!(step(&new, Duration::ZERO), Step::Cancel);
+        assert_eq!(step(&new, true, &nodes()), Step::Cancel);
+        new.spec.state = DesiredState::Cancelled;
+        assert_eq!(
+            step(&new, true, &nodes()),
+            Step::Ended,
+            "it is on no host, whether an operator says so or not"
+        );
         new.metadata.deletion_timestamp = Some(Time(clock::now()));
-        assert_eq!(step(&new, GRACE), Step::Wait);
+        assert_eq!(step(&new, false, &nodes()), Step::Wait);
+    }
+
+    #[test]
+    fn a_job_that_was_applied_like_any_object_is_no_hook() {
+        let made_by = |managers: Value| {
+            let job = serde_json::from_value(json!({"name": JOB, "managedFields": managers})).unwrap();
+            applier(&job).map(str::to_owned)
+        };
+        let controller = json!({"manager": "kube-controller-manager", "subresource": "status"});
+        for (manager, applied) in [
+            ("helm", false),
+            ("helm-controller", false),
+            ("argocd-controller", false),
+            ("kubectl-client-side-apply", true),
+            ("kubectl", true),
+            ("kustomize-controller", true),
+        ] {
+            let found = made_by(json!([{"manager": manager}, controller]));
+            assert_eq!(found.as_deref(), applied.then_some(manager));
+        }
+        let looked_at = json!({"manager": "kubectl-edit", "subresource": "status"});
+        assert_eq!(made_by(json!([{"manager": "helm"}, looked_at])), None);
     }
 }

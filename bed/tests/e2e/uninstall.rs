@@ -3,14 +3,14 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::json;
-use virtmark_bed::{Disk, nodes};
+use serde_json::{Value, json};
+use virtmark_bed::{Disk, nodes, wait_until};
 
-use crate::release::{MIB, Release};
+use crate::release::{BOUND, MIB, Release};
 
 #[test]
 fn an_uninstall_ends_the_backups_that_are_open_or_removes_nothing() -> Result<()> {
-    let release = Release::install(&["uninstall.cancelBackupsSeconds=3"])?;
+    let release = Release::install(&["uninstall.cancelBackupsSeconds=15"])?;
     let node = release.cluster.node(0)?.clone();
     let vm = release.vm("open", 0, [Disk::qcow2("vda", 64 * MIB)])?;
     vm.write("vda", 0, 8 * MIB, 0x5a)?;
@@ -28,11 +28,11 @@ fn an_uninstall_ends_the_backups_that_are_open_or_removes_nothing() -> Result<()
     let began = Instant::now();
     let refused = release.helm(&["uninstall", "virtmark", "--wait", "--timeout", "2m"]);
     let took = began.elapsed();
-    let said = release.system(&["logs", "job/virtmark-uninstall"])?;
     // whatever comes next, the agent goes on
     signal("-CONT")?;
+    let said = release.system(&["logs", "job/virtmark-uninstall"])?;
     let refused = refused.err().context("uninstalled, and a backup was open")?;
-    ensure!(said.contains("vms/open-1"), "it does not say what is open: {said}");
+    ensure!(said.contains("have not ended: vms/open-1 (Ready)"), "it does not say what is open: {said}");
     let there = release.system(&["get", "deployment,daemonset", "-o", "name"])?;
     ensure!(there.lines().count() == 2, "an uninstall that fails removed something: {there}");
     release.say(&format!(
@@ -40,6 +40,21 @@ fn an_uninstall_ends_the_backups_that_are_open_or_removes_nothing() -> Result<()
         took.as_secs_f64(),
         said.trim()
     ));
+
+    // what kubectl applies is no hook: `helm template` prints it among the others
+    let job: Value =
+        serde_json::from_str(&release.system(&["get", "job", "virtmark-uninstall", "-o", "json"])?)?;
+    release.system(&["delete", "job", "virtmark-uninstall"])?;
+    let by_hand = json!({"apiVersion": "batch/v1", "kind": "Job",
+        "metadata": {"name": "virtmark-uninstall", "namespace": job["metadata"]["namespace"]},
+        "spec": {"backoffLimit": 0, "template": {"spec": job["spec"]["template"]["spec"]}}});
+    release.cluster.kubectl().run_with(&["apply", "-f", "-"], &by_hand.to_string())?;
+    wait_until(BOUND, "a Job that is no hook to fail", || {
+        let failed = ["get", "job", "virtmark-uninstall", "-o", "jsonpath={.status.failed}"];
+        Ok((release.system(&failed)? == "1").then_some(()))
+    })?;
+    let said = release.system(&["logs", "job/virtmark-uninstall"])?;
+    ensure!(said.contains("nothing was cancelled"), "{said}");
 
     let began = Instant::now();
     release.uninstall()?;

@@ -159,12 +159,12 @@ async fn look(client: &Client, config: &Config, graceful: bool) -> Result<Looked
     let pending = checkpoints
         .iter()
         .filter(|checkpoint| is_going(&checkpoint.metadata) || is_leftover(checkpoint, &backups));
-    open.extend(pending.map(|checkpoint| named("checkpoint ", &checkpoint.metadata)));
+    let mut others: Vec<_> = pending.map(|checkpoint| named("checkpoint ", &checkpoint.metadata)).collect();
     let served = transfers.iter().filter(|transfer| {
         let node = transfer.status.as_ref().filter(|status| !status.phase.is_terminal());
         node.and_then(|status| status.node_name.as_ref()).is_some_and(|node| nodes.contains(node))
     });
-    open.extend(served.map(|transfer| named("transfer ", &transfer.metadata)));
+    others.extend(served.map(|transfer| named("transfer ", &transfer.metadata)));
     for backup in backups {
         let step = step(&backup, graceful, &nodes);
         if step == Step::Ended {
@@ -183,6 +183,7 @@ async fn look(client: &Client, config: &Config, graceful: bool) -> Result<Looked
         }
         open.push(words);
     }
+    open.extend(others);
     Ok(Looked::Open(open))
 }
 

@@ -65,7 +65,7 @@ fn told(contexts: Contexts, maps: &[(u32, Vec<(u32, u32)>)]) -> Option<Vec<Run>>
             Some(Reply::Status { result, .. }) => {
                 return Some(result.expect("no error was sent").runs().collect());
             }
-            Some(Reply::Read { .. }) => panic!("nothing was read"),
+            Some(Reply::Read { .. } | Reply::Done { .. }) => panic!("nothing was read or written"),
             None if server.is_empty() => return None,
             None => {
                 let mut space = wire.space();

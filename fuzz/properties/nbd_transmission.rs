@@ -1,4 +1,4 @@
-//! A hostile NBD server answers reads and block status requests that are in flight.
+//! A hostile NBD server answers reads, writes and block status requests that are in flight.
 //!
 //! The input is a little script: which requests, then what the server sends, in chunks that are nearly right.
 //! The machine is held against a model that is too simple to be wrong: one `Option<u8>` a byte asked for.
@@ -44,7 +44,14 @@ fn ask(script: &mut Unstructured<'_>, wire: &mut Transmission, model: &mut Model
     let (kind, length, place): (u8, u16, u16) = (number(script), number(script), number(script));
     let length = u32::from(length % 4096) + 1;
     let offset = if kind & 2 == 0 { u64::from(place) } else { (1 << 63) - u64::from(place) - 4096 };
-    let (cookie, request) = if kind & 1 == 0 {
+    let (cookie, request) = if kind & 0xc0 == 0xc0 {
+        let cookie = match kind & 3 {
+            0 => wire.flush(out),
+            1 => wire.write_zeroes(offset, length, 0, out),
+            _ => wire.write(offset, length, out),
+        };
+        (cookie, Request::Plain)
+    } else if kind & 1 == 0 {
         let have = vec![None; length as usize];
         (wire.read(offset, length, 0, out), Request::Read { offset, have })
     } else {
@@ -136,6 +143,9 @@ fn run(wire: &mut Transmission, mut server: &[u8], step: usize) -> (Vec<Told>, b
             Ok(Some(Reply::Status { cookie, result })) => {
                 told.push((cookie, result.map(|_| Vec::new()).map_err(|error| error.errno)));
             }
+            Ok(Some(Reply::Done { cookie, result })) => {
+                told.push((cookie, result.map(|()| Vec::new()).map_err(|error| error.errno)));
+            }
             Ok(None) if server.is_empty() => return (told, false),
             Ok(None) => {
                 let mut space = wire.space();
@@ -150,8 +160,13 @@ fn run(wire: &mut Transmission, mut server: &[u8], step: usize) -> (Vec<Told>, b
 }
 
 enum Request {
-    Read { offset: u64, have: Vec<Option<u8>> },
+    Read {
+        offset: u64,
+        have: Vec<Option<u8>>,
+    },
     Status(Vec<u32>),
+    /// A write, zeroes or a flush.
+    Plain,
 }
 
 struct Model {
@@ -190,6 +205,7 @@ impl Model {
         let length = match request {
             _ if error != 0 => 0,
             Request::Read { have, .. } if !self.structured => have.len(),
+            Request::Plain => 0,
             _ => return None,
         };
         let Some(data) = rest.get(..length) else { return Some(Next::Hungry) };
@@ -254,6 +270,7 @@ impl Model {
                     let wanted = [allocation, depth, dirty].into_iter().flatten();
                     wanted.into_iter().all(|id| seen.contains(&id)).then(|| Ok(Vec::new()))?
                 }
+                (None, Request::Plain) => Ok(Vec::new()),
             };
             self.told.push((cookie, result));
         }

@@ -3,6 +3,7 @@
 //! ```text
 //! connect -> Client --read_stream---> ReadStream --all read--> into_client -> Client
 //!                   --block_status--> StatusStream --all read--> into_client -> Client
+//!                   --writer--------> Writer (its own module) --finish----------> Client
 //! ```
 //!
 //! A stream owns its client and gives it back only when every request it sent was answered: a client
@@ -26,9 +27,12 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, Sleep};
 
-use super::handshake::{Agreed, Handshake, HandshakeError};
+use super::error::NbdError;
+use super::handshake::{Agreed, Handshake};
+use super::outbox::Outbox;
 use super::proto::{command, export_flag};
-use super::transmission::{ProtocolError, Reply, ServerError, Transmission};
+use super::transmission::{ProtocolError, Reply, Transmission};
+use super::writer::Writer;
 use crate::extent::{self, Coalescer, Extent};
 
 /// Time to connect and shake hands.
@@ -60,88 +64,46 @@ pub struct Export {
     pub changed_from: Option<u64>,
 }
 
-/// Why an export cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum NbdError {
-    /// No connection.
-    #[error("cannot connect to the NBD server at {}; is the backup still running?", socket.display())]
-    Connect {
-        /// Path of the socket.
-        socket: PathBuf,
-        /// The kernel's reason.
-        source: io::Error,
-    },
-    /// The server did not shake hands in [`CONNECT_TIMEOUT`].
-    #[error("the NBD server at {} did not answer within {} s", socket.display(), CONNECT_TIMEOUT.as_secs())]
-    ConnectTimeout {
-        /// Path of the socket.
-        socket: PathBuf,
-    },
-    /// The handshake failed.
-    #[error(transparent)]
-    Handshake(#[from] HandshakeError),
-    /// The connection broke.
-    #[error("the connection to the NBD server broke")]
-    Io(#[from] io::Error),
-    /// The server closed the connection.
-    #[error("the NBD server closed the connection; the backup or its QEMU ended")]
-    Closed,
-    /// Nothing came for [`REPLY_TIMEOUT`].
-    #[error("the NBD server was silent for {} s; its storage may hang", REPLY_TIMEOUT.as_secs())]
-    ReplyTimeout,
-    /// The server broke the protocol.
-    #[error("the NBD server broke the protocol: {0}")]
-    Protocol(#[from] ProtocolError),
-    /// The server could not do what was asked.
-    #[error("the NBD server failed to {what} at offset {offset}: {error}")]
-    Server {
-        /// "read" or "report block status".
-        what: &'static str,
-        /// Bytes from the start of the export.
-        offset: u64,
-        /// Its error.
-        error: ServerError,
-    },
-    /// A range outside the export.
-    #[error("bytes {offset}+{length} are outside the export of {size} bytes")]
-    OutOfRange {
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        length: u64,
-        /// Bytes of the export.
-        size: u64,
-    },
-}
-
 /// A connection to an export, between two streams.
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
-    wire: Transmission,
-    agreed: Agreed,
+    pub(super) wire: Transmission,
+    pub(super) agreed: Agreed,
     output: BytesMut,
+    /// What a [`Writer`] sends, while there is one.
+    pub(super) outbox: Outbox,
     /// When the wait for the next byte began.
     waiting: Option<Instant>,
     timer: Pin<Box<Sleep>>,
-    request: u32,
-    window: usize,
+    pub(super) request: u32,
+    pub(super) window: usize,
     changed_from: u64,
 }
 
 impl Client {
     /// Connects and shakes hands, within [`CONNECT_TIMEOUT`].
     pub async fn connect(export: &Export) -> Result<Client, NbdError> {
-        tokio::time::timeout(CONNECT_TIMEOUT, Client::handshake(export))
+        Client::within_time(export, Handshake::new(&export.name, export.bitmap.as_deref())).await
+    }
+
+    /// The same for who also writes: the server is left to care for ends of requests within a block, see
+    /// [`Handshake::any_alignment`]. That the export can be written is seen by [`Client::writer`].
+    pub async fn connect_to_write(export: &Export) -> Result<Client, NbdError> {
+        let machine = Handshake::new(&export.name, export.bitmap.as_deref()).any_alignment();
+        Client::within_time(export, machine).await
+    }
+
+    async fn within_time(export: &Export, machine: Handshake) -> Result<Client, NbdError> {
+        tokio::time::timeout(CONNECT_TIMEOUT, Client::handshake(export, machine))
             .await
             .map_err(|_| NbdError::ConnectTimeout { socket: export.socket.clone() })?
     }
 
-    async fn handshake(export: &Export) -> Result<Client, NbdError> {
+    async fn handshake(export: &Export, mut machine: Handshake) -> Result<Client, NbdError> {
         let mut stream = UnixStream::connect(&export.socket)
             .await
             .map_err(|source| NbdError::Connect { socket: export.socket.clone(), source })?;
-        let mut machine = Handshake::new(&export.name, export.bitmap.as_deref());
         let mut input = [0; 4096];
         let agreed = loop {
             stream.write_all(&machine.output()).await?;
@@ -163,6 +125,7 @@ impl Client {
             wire,
             agreed,
             output: BytesMut::with_capacity(1024),
+            outbox: Outbox::default(),
             waiting: None,
             timer,
             request: REQUEST,
@@ -173,7 +136,7 @@ impl Client {
         Ok(client)
     }
 
-    /// Sets how reads are cut: bytes of a request (rounded to the server's block sizes) and requests in
+    /// Sets how reads and writes are cut: bytes of a request (rounded to the server's block sizes) and requests in
     /// flight (at least 1).
     pub fn shape(&mut self, request: u32, window: usize) {
         let block = self.agreed.minimum_block;
@@ -216,6 +179,14 @@ impl Client {
         Ok(StatusStream { client: self, next: offset, batch, coalescer, asked: None, failed: false })
     }
 
+    /// Writes to the export; [`NbdError::ReadOnly`] when it has no writers.
+    pub fn writer(self) -> Result<Writer, NbdError> {
+        if self.agreed.flags & export_flag::READ_ONLY != 0 {
+            return Err(NbdError::ReadOnly);
+        }
+        Ok(Writer::new(self))
+    }
+
     /// Ends the session as the protocol wants it.
     pub async fn disconnect(mut self) -> Result<(), NbdError> {
         self.wire.disconnect(&mut self.output);
@@ -225,7 +196,7 @@ impl Client {
     }
 
     /// Sends what is waiting and receives until there is a reply.
-    fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<Reply, NbdError>> {
+    pub(super) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Result<Reply, NbdError>> {
         self.poll_send(cx)?;
         loop {
             if let Some(reply) = self.wire.advance()? {
@@ -245,11 +216,17 @@ impl Client {
         }
     }
 
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<(), NbdError> {
-        while !self.output.is_empty() {
-            match self.stream.try_write(&self.output) {
+    pub(super) fn poll_send(&mut self, cx: &mut Context<'_>) -> Result<(), NbdError> {
+        loop {
+            let heads = !self.output.is_empty();
+            let next = if heads { &self.output[..] } else { self.outbox.next() };
+            if next.is_empty() {
+                return Ok(());
+            }
+            match self.stream.try_write(next) {
                 Ok(0) => return Err(NbdError::Closed),
-                Ok(sent) => self.output.advance(sent),
+                Ok(sent) if heads => self.output.advance(sent),
+                Ok(sent) => self.outbox.sent(sent),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if self.stream.poll_write_ready(cx)?.is_pending() {
                         return Ok(());
@@ -258,7 +235,6 @@ impl Client {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
     }
 
     /// Pending until the deadline of the reply, which is set once a wait.

@@ -1,16 +1,21 @@
-//! The NBD client: reads the export of a QEMU or a qemu-nbd, and asks which of its bytes matter.
+//! The NBD client: reads and writes the export of a QEMU or a qemu-nbd, and asks which of its bytes matter.
 //!
 //! - [`proto`] numbers and codecs, [`handshake`] and [`transmission`] the two phases as machines without a
 //!   socket, [`status`] block status maps;
-//! - [`client`] moves bytes between them and a unix socket.
+//! - [`client`] moves bytes between them and a unix socket, [`writer`] writes through it.
 //!
-//! It reads only: no command that could change an export is ever sent. It knows nothing of HTTP, libvirt or
+//! A command that could change an export is sent by a [`Writer`] alone. It knows nothing of HTTP, libvirt or
 //! Kubernetes.
 
 pub mod client;
+mod error;
 pub mod handshake;
+mod outbox;
 pub mod proto;
 pub mod status;
 pub mod transmission;
+pub mod writer;
 
-pub use client::{Client, Export, NbdError, ReadStream, StatusStream};
+pub use client::{Client, Export, ReadStream, StatusStream};
+pub use error::NbdError;
+pub use writer::{Writer, ZeroMode};

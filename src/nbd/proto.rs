@@ -70,6 +70,12 @@ pub mod info {
 
 /// Transmission flags of the export that this client looks at.
 pub mod export_flag {
+    /// Nothing can be written.
+    pub const READ_ONLY: u16 = 1 << 1;
+    /// The server knows `FLUSH`.
+    pub const SEND_FLUSH: u16 = 1 << 2;
+    /// The server knows `WRITE_ZEROES`.
+    pub const SEND_WRITE_ZEROES: u16 = 1 << 6;
     /// The server honours "do not fragment" on reads.
     pub const SEND_DF: u16 = 1 << 7;
     /// Several connections see the same data.
@@ -80,10 +86,18 @@ pub mod export_flag {
 pub mod command {
     /// Read bytes.
     pub const READ: u16 = 0;
+    /// Write the bytes that follow the request.
+    pub const WRITE: u16 = 1;
     /// End the session.
     pub const DISCONNECT: u16 = 2;
+    /// All that was written before is to be on stable storage.
+    pub const FLUSH: u16 = 3;
+    /// Make a range read as zeroes.
+    pub const WRITE_ZEROES: u16 = 6;
     /// Ask for the state of a range.
     pub const BLOCK_STATUS: u16 = 7;
+    /// Command flag: the zeroes are to be allocated, no hole is punched.
+    pub const FLAG_NO_HOLE: u16 = 1 << 1;
     /// Command flag: answer a read in one chunk.
     pub const FLAG_DF: u16 = 1 << 2;
 }

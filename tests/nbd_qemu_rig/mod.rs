@@ -51,7 +51,7 @@ impl Drop for Process {
     }
 }
 
-/// A `qemu-nbd` that serves one image read-only.
+/// A `qemu-nbd` that serves one image.
 pub(crate) struct QemuNbd {
     /// Its process.
     pub(crate) process: Process,
@@ -60,14 +60,23 @@ pub(crate) struct QemuNbd {
 }
 
 impl QemuNbd {
-    /// Starts one on `socket` in `directory`, with these arguments (the image among them), and waits
+    /// Starts one on `socket` in `directory`, read-only, with these arguments (the image among them), and waits
     /// until it answers.
     pub(crate) fn start(directory: &Path, arguments: &[&str]) -> QemuNbd {
+        QemuNbd::started(directory, &[&["--read-only"], arguments].concat())
+    }
+
+    /// The same for an image that can be written, where what is discarded becomes a hole.
+    pub(crate) fn writable(directory: &Path, arguments: &[&str]) -> QemuNbd {
+        QemuNbd::started(directory, &[&["--discard=unmap"], arguments].concat())
+    }
+
+    fn started(directory: &Path, arguments: &[&str]) -> QemuNbd {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let count = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let socket = directory.join(format!("nbd{count}.sock"));
         let child = Command::new("qemu-nbd")
-            .args(["--read-only", "--persistent", "--shared=16", "--socket", path(&socket)])
+            .args(["--persistent", "--shared=16", "--socket", path(&socket)])
             .args(arguments)
             .stdin(Stdio::null())
             .spawn()

@@ -8,7 +8,8 @@
 //!                                                                                                  (names it, fails)
 //! ```
 //!
-//! Asks for `base:allocation`, `qemu:allocation-depth` and the one dirty bitmap it was told to. Never
+//! Asks for `base:allocation`, `qemu:allocation-depth` and the one dirty bitmap it was told to; and for block sizes, unless
+//! it was told to leave them to the server. Never
 //! allocates more than [`MAX_REPLY`] bytes for what a server announces, nor reads more than
 //! [`MAX_REPLIES`] replies to an option. Source: the NBD specification, "Fixed newstyle negotiation".
 
@@ -104,6 +105,7 @@ enum State {
 pub struct Handshake {
     export: String,
     bitmap: Option<String>,
+    any_alignment: bool,
     state: State,
     input: BytesMut,
     output: BytesMut,
@@ -125,6 +127,7 @@ impl Handshake {
         Handshake {
             export: export.to_owned(),
             bitmap,
+            any_alignment: false,
             state: State::Greeting,
             input: BytesMut::new(),
             output: BytesMut::new(),
@@ -133,6 +136,15 @@ impl Handshake {
             agreed: Agreed { minimum_block: 1, maximum_block: 32 << 20, ..Agreed::default() },
             informed: false,
         }
+    }
+
+    /// Leaves it to the server that requests begin and end anywhere: the client does not say that it would obey block
+    /// sizes, so that a server has none, or says so ("Block size constraints"). QEMU then reads, changes and writes the
+    /// blocks at the ends of a write, and keeps writes to one block apart, which a client cannot.
+    #[must_use]
+    pub fn any_alignment(mut self) -> Handshake {
+        self.any_alignment = true;
+        self
     }
 
     /// What must be sent now; empty when it is the server's turn.
@@ -289,8 +301,12 @@ impl Handshake {
         } else {
             let mut query = BytesMut::new();
             proto::put_counted(self.export.as_bytes(), &mut query);
-            query.put_u16(1);
-            query.put_u16(info::BLOCK_SIZE);
+            if self.any_alignment {
+                query.put_u16(0);
+            } else {
+                query.put_u16(1);
+                query.put_u16(info::BLOCK_SIZE);
+            }
             self.ask(State::Go, option::GO, &query);
         }
         Ok(())

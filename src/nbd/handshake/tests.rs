@@ -92,6 +92,23 @@ fn a_missing_bitmap_is_named_with_those_that_exist() {
 }
 
 #[test]
+fn who_writes_says_nothing_of_blocks() {
+    let go = |machine: Handshake| {
+        let mut machine = machine;
+        let mut out = script(false)[..proto::GREETING_LEN].to_vec();
+        let mut refused = BytesMut::new();
+        answer(&mut refused, option::STRUCTURED_REPLY, reply::ERR_UNSUPPORTED, &[]);
+        out.extend_from_slice(&refused);
+        assert_eq!(machine.receive(&out), Ok(None));
+        machine.output().to_vec()
+    };
+    let asked = go(Handshake::new("vda", None));
+    assert!(asked.ends_with(b"\0\0\0\x03vda\0\x01\0\x03"), "{asked:?}");
+    let left = go(Handshake::new("vda", None).any_alignment());
+    assert!(left.ends_with(b"\0\0\0\x03vda\0\0"), "{left:?}");
+}
+
+#[test]
 fn contexts_before_an_error_are_not_agreed_on() {
     let mut machine = greeted("", None);
     let mut out = BytesMut::new();

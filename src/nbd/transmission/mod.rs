@@ -95,12 +95,25 @@ pub enum Reply {
         /// One map a context.
         result: Result<Maps, ServerError>,
     },
+    /// A write, zeroes or a flush are done.
+    Done {
+        /// Of the request.
+        cookie: u64,
+        /// Nothing more is told.
+        result: Result<(), ServerError>,
+    },
 }
 
 #[derive(Debug)]
 enum Kind {
-    Read { offset: u64, length: u32, data: Assembly },
+    Read {
+        offset: u64,
+        length: u32,
+        data: Assembly,
+    },
     Status(Maps),
+    /// Its reply has no payload.
+    Plain,
 }
 
 #[derive(Debug)]
@@ -179,6 +192,24 @@ impl Transmission {
         let kind = Kind::Status(Maps::default());
         let request = Request { flags: 0, command: command::BLOCK_STATUS, cookie: 0, offset, length };
         self.submit(request, kind, out)
+    }
+
+    /// Appends the head of a write to `out` and notes it; its cookie. The caller sends `length` bytes behind it.
+    pub fn write(&mut self, offset: u64, length: u32, out: &mut BytesMut) -> u64 {
+        let request = Request { flags: 0, command: command::WRITE, cookie: 0, offset, length };
+        self.submit(request, Kind::Plain, out)
+    }
+
+    /// Appends a request for zeroes to `out` and notes it; its cookie.
+    pub fn write_zeroes(&mut self, offset: u64, length: u32, flags: u16, out: &mut BytesMut) -> u64 {
+        let request = Request { flags, command: command::WRITE_ZEROES, cookie: 0, offset, length };
+        self.submit(request, Kind::Plain, out)
+    }
+
+    /// Appends a flush to `out` and notes it; its cookie.
+    pub fn flush(&mut self, out: &mut BytesMut) -> u64 {
+        let request = Request { flags: 0, command: command::FLUSH, cookie: 0, offset: 0, length: 0 };
+        self.submit(request, Kind::Plain, out)
     }
 
     /// Appends the request that ends the session, which has no reply.
@@ -274,6 +305,8 @@ impl Transmission {
             Kind::Read { offset, length, .. } if !self.structured => {
                 Ok(Receiving { kind: chunk::OFFSET_DATA, offset: *offset, payload: *length as usize, ..none })
             }
+            // what has no payload may be answered so in any session, and QEMU does
+            Kind::Plain => Ok(none),
             _ => Err(ProtocolError::SimpleReply),
         }
     }
@@ -346,6 +379,7 @@ impl Transmission {
                 cookie,
                 result: failed.map_or_else(|| maps.complete(contexts).map(Ok), |error| Ok(Err(error)))?,
             },
+            Kind::Plain => Reply::Done { cookie, result: failed.map_or(Ok(()), Err) },
         }))
     }
 }

@@ -48,7 +48,7 @@ fn feed(
 fn read(reply: &Reply) -> (u64, Result<Bytes, ServerError>) {
     match reply {
         Reply::Read { cookie, result } => (*cookie, result.clone()),
-        Reply::Status { .. } => panic!("not a read: {reply:?}"),
+        Reply::Status { .. } | Reply::Done { .. } => panic!("not a read: {reply:?}"),
     }
 }
 
@@ -61,10 +61,16 @@ proptest! {
         let pieces = wire.read(0, 30, 0, &mut requests);
         let failed = wire.read(9, 1, 0, &mut requests);
         let status = wire.block_status(0, 100, &mut requests);
-        prop_assert_eq!(requests.len(), 4 * proto::REQUEST_LEN);
+        let written = wire.write(7, 5, &mut requests);
+        let full = wire.write_zeroes(0, u32::MAX, command::FLAG_NO_HOLE, &mut requests);
+        let flushed = wire.flush(&mut requests);
+        prop_assert_eq!(requests.len(), 7 * proto::REQUEST_LEN);
 
         let mut bytes = BytesMut::new();
         chunk(&mut bytes, false, chunk::OFFSET_DATA, pieces, &data(20, &[7; 10]));
+        ReplyHead::Simple { error: 0, cookie: written }.encode(&mut bytes);
+        chunk(&mut bytes, true, chunk::NONE, flushed, &[]);
+        chunk(&mut bytes, true, chunk::ERROR | 1, full, &[0, 0, 0, 28, 0, 0]);
         chunk(&mut bytes, true, chunk::OFFSET_DATA, whole, &data(4096, &[9; 40]));
         chunk(&mut bytes, false, chunk::OFFSET_HOLE, pieces, &hole(10, 10));
         chunk(&mut bytes, false, chunk::BLOCK_STATUS, status, &map(1, &[(60, 0), (100, 3)]));
@@ -75,6 +81,14 @@ proptest! {
 
         let (replies, _) = feed(&mut wire, &bytes, step).unwrap();
         prop_assert_eq!(wire.in_flight(), 0);
+        let (done, replies): (Vec<_>, Vec<_>) =
+            replies.into_iter().partition(|reply| matches!(reply, Reply::Done { .. }));
+        let no_space = ServerError { errno: 28, message: String::new() };
+        let done: Vec<_> = done.into_iter().map(|reply| match reply {
+            Reply::Done { cookie, result } => (cookie, result),
+            other => panic!("{other:?}"),
+        }).collect();
+        prop_assert_eq!(done, [(written, Ok(())), (flushed, Ok(())), (full, Err(no_space))]);
         prop_assert_eq!(replies.len(), 4);
         prop_assert_eq!(read(&replies[0]), (whole, Ok(Bytes::from(vec![9; 40]))));
         let error = ServerError { errno: 5, message: "no".to_owned() };
@@ -103,6 +117,7 @@ proptest! {
         let mut out = BytesMut::new();
         wire.read(0, 1000, 0, &mut out);
         wire.block_status(0, 1000, &mut out);
+        wire.write(0, 1000, &mut out);
         let mut bytes = BytesMut::new();
         for (flags, kind, cookie, length, payload) in heads {
             let length = if length % 3 == 0 { length } else { u32::try_from(payload.len()).unwrap() };
@@ -172,6 +187,23 @@ fn each_breach_has_its_error() {
     assert!(matches!(broken(&empty), BadStatus(_)));
     let half = |b: &mut BytesMut, _, s| chunk(b, true, chunk::BLOCK_STATUS, s, &map(1, &[(9, 0)]));
     assert!(matches!(broken(&half), BadStatus(_)));
+
+    let write = |send: &dyn Fn(&mut BytesMut, u64)| {
+        let mut wire = Transmission::new(true, CONTEXTS);
+        let cookie = wire.write(0, 10, &mut BytesMut::new());
+        let mut bytes = BytesMut::new();
+        send(&mut bytes, cookie);
+        feed(&mut wire, &bytes, 1000).unwrap_err()
+    };
+    let silent = BadChunk { kind: chunk::NONE, length: 0 };
+    assert_eq!(write(&|b, w| chunk(b, false, chunk::NONE, w, &[])), silent);
+    let read = BadChunk { kind: chunk::OFFSET_DATA, length: 18 };
+    assert_eq!(write(&|b, w| chunk(b, true, chunk::OFFSET_DATA, w, &data(0, &[0; 10]))), read);
+    let twice = |b: &mut BytesMut, w| {
+        ReplyHead::Simple { error: 0, cookie: w }.encode(b);
+        ReplyHead::Simple { error: 0, cookie: w }.encode(b);
+    };
+    assert_eq!(write(&twice), UnknownCookie);
 }
 
 /// Each system call more for a reply is felt in small reads.

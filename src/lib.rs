@@ -1,7 +1,7 @@
 //! Virtmark: incremental, snapshot-less backup of running libvirt/QEMU virtual machines from Kubernetes.
 //!
 //! ```text
-//!  floor 4  assemblies   controller             agent
+//!  floor 4  assemblies   controller             agent                  client
 //!  floor 3  ports        cluster clock killpoint metrics probe telemetry    nbd::client  imageio::serve  libvirt
 //!  floor 2  decisions    controller::{chain,health,import,certificates::{decide,authorities},*::{resolve,desired,status}}
 //!                        agent::backup::{life,decide,scratch,status}  agent::certificate::renewal
@@ -17,6 +17,7 @@ pub mod access;
 pub mod agent;
 pub mod api;
 pub mod chart;
+pub mod client;
 pub mod clock;
 pub mod cluster;
 pub mod controller;

@@ -1,0 +1,332 @@
+//! A restore point while it is being written: a hidden folder that nobody takes for one, which gets its name in one step,
+//! when all in it is on stable storage. It never touches a restore point that is whole.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use super::exit::Failure;
+use super::manifest::{Base, DiskFormat, Manifest, Parent, ReadMode};
+use super::names;
+use super::plan::Total;
+use super::progress::Done;
+
+/// The version of the state that is written.
+const VERSION: u32 = 1;
+
+/// What a backup was asked to be.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Incremental where it can, full where not.
+    Auto,
+    /// All of every disk.
+    Full,
+    /// What changed, over what is there.
+    Incremental,
+}
+
+/// What is known of a restore point that is being written. A successor goes on with it.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct State {
+    /// The version of this file.
+    pub version: u32,
+    /// The name of the restore point.
+    pub point: String,
+    /// The VmBackup.
+    pub backup: String,
+    /// What the VmBackup's annotation says, so that one of the same name is not taken for it. Absent when it was made by
+    /// another command.
+    pub run: Option<String>,
+    /// The VM.
+    pub vm: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// What was asked for.
+    pub kind: Kind,
+    /// The format of the files.
+    pub format: DiskFormat,
+    /// The LibvirtDomain's status when it began.
+    pub domain: serde_json::Value,
+    /// The restore point that incremental disks lie over, and its checkpoint.
+    pub parent: Option<(Parent, String)>,
+    /// Of each disk, what is there.
+    pub disks: BTreeMap<String, DiskState>,
+}
+
+/// One disk of it.
+#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
+pub struct DiskState {
+    /// How it is read.
+    pub mode: ReadMode,
+    /// Why in full.
+    pub reason: Option<String>,
+    /// The file.
+    pub file: String,
+    /// What the file lies over.
+    pub base: Option<Base>,
+    /// Its virtual size and its work, once the extents were read.
+    pub work: Option<(u64, Total)>,
+    /// Whether the image was made.
+    pub made: bool,
+    /// What of it is done, and on stable storage.
+    pub done: Done,
+    /// Whether all of it is.
+    pub complete: bool,
+}
+
+/// The folder.
+#[derive(Debug)]
+pub struct Partial {
+    root: PathBuf,
+    path: PathBuf,
+    /// What is in it.
+    pub state: State,
+    /// Held for as long as a process writes.
+    _lock: File,
+}
+
+impl State {
+    /// Of a restore point that begins.
+    #[must_use]
+    pub fn new(point: &str, vm: &str, namespace: &str, kind: Kind, format: DiskFormat) -> Self {
+        Self {
+            version: VERSION,
+            point: point.to_owned(),
+            backup: point.to_owned(),
+            run: None,
+            vm: vm.to_owned(),
+            namespace: namespace.to_owned(),
+            kind,
+            format,
+            domain: serde_json::Value::Null,
+            parent: None,
+            disks: BTreeMap::new(),
+        }
+    }
+}
+
+impl Partial {
+    /// Makes the folder below `root`.
+    ///
+    /// # Errors
+    /// The kernel's, or when another process has it.
+    pub fn create(root: &Path, state: State) -> Result<Self, Failure> {
+        let path = root.join(names::partial(&state.point));
+        fs::DirBuilder::new().mode(0o700).create(&path).map_err(Failure::file(&path))?;
+        let lock = lock(&path)?;
+        let partial = Self { root: root.to_owned(), path, state, _lock: lock };
+        partial.store()?;
+        sync(root)?;
+        Ok(partial)
+    }
+
+    /// The one of this name below `root`, if it was begun. One whose state was never written is removed.
+    ///
+    /// # Errors
+    /// When another process writes it, or it cannot be read.
+    pub fn open(root: &Path, point: &str) -> Result<Option<Self>, Failure> {
+        let path = root.join(names::partial(point));
+        if !path.is_dir() {
+            return Ok(None);
+        }
+        let lock = lock(&path)?;
+        let file = path.join(names::STATE);
+        let state = match fs::read_to_string(&file) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                fs::remove_dir_all(&path).map_err(Failure::file(&path))?;
+                return Ok(None);
+            }
+            text => text.map_err(Failure::file(&file))?,
+        };
+        let unreadable = || {
+            Failure::Damaged(format!(
+                "{} is no state that this virtmark knows: remove the folder {}",
+                names::STATE,
+                path.display()
+            ))
+        };
+        let state: State = serde_json::from_str(&state).map_err(|_| unreadable())?;
+        if state.version != VERSION || state.point != point {
+            return Err(unreadable());
+        }
+        Ok(Some(Self { root: root.to_owned(), path, state, _lock: lock }))
+    }
+
+    /// A file in it.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The folder of restore points.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Stores the state, all or nothing.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn store(&self) -> Result<(), Failure> {
+        let text = serde_json::to_string(&self.state).map_err(|error| Failure::Damaged(error.to_string()))?;
+        write(&self.path.join(names::STATE), &text)
+    }
+
+    /// Removes it with all that is in it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn remove(self) -> Result<(), Failure> {
+        fs::remove_dir_all(&self.path).map_err(Failure::file(&self.path))
+    }
+
+    /// Makes it a restore point: all in one step, and for good.
+    ///
+    /// # Errors
+    /// The kernel's; then it is none.
+    pub fn publish(self, manifest: &Manifest) -> Result<PathBuf, Failure> {
+        write(&self.path.join(names::MANIFEST), &manifest.text())?;
+        for disk in self.state.disks.keys() {
+            remove(&self.path.join(work(disk)))?;
+        }
+        // with the state goes what makes it one that is being written
+        remove(&self.path.join(names::STATE))?;
+        sync(&self.path)?;
+        let whole = self.root.join(&self.state.point);
+        if whole.exists() {
+            return Err(Failure::Usage(format!("{} is there already", whole.display())));
+        }
+        fs::rename(&self.path, &whole).map_err(Failure::file(&whole))?;
+        sync(&self.root)?;
+        Ok(whole)
+    }
+}
+
+/// The file with a disk's work.
+#[must_use]
+pub fn work(disk: &str) -> String {
+    format!("{disk}.work")
+}
+
+fn lock(path: &Path) -> Result<File, Failure> {
+    let folder = File::open(path).map_err(Failure::file(path))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(folder),
+        Err(fs::TryLockError::WouldBlock) => {
+            Err(Failure::Usage(format!("another virtmark writes {}: wait for it", path.display())))
+        }
+        Err(fs::TryLockError::Error(error)) => Err(Failure::file(path)(error)),
+    }
+}
+
+fn remove(path: &Path) -> Result<(), Failure> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Failure::file(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a file, all or nothing.
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    let beside = path.with_extension("new");
+    let failed = || Failure::file(&beside);
+    let mut file = File::create(&beside).map_err(failed())?;
+    std::io::Write::write_all(&mut file, text.as_bytes()).map_err(failed())?;
+    file.sync_all().map_err(failed())?;
+    fs::rename(&beside, path).map_err(Failure::file(path))
+}
+
+/// What is in a folder is on stable storage.
+///
+/// # Errors
+/// The kernel's.
+pub fn sync(folder: &Path) -> Result<(), Failure> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Failure::file(folder))
+}
+
+/// The length of a file, and its BLAKE3 in hexadecimal digits. It is on stable storage afterwards.
+///
+/// # Errors
+/// The kernel's, and [`Failure::Interrupted`].
+pub fn digest(path: &Path, stop: &CancellationToken) -> Result<(u64, String), Failure> {
+    let failed = || Failure::file(path);
+    let mut file = File::open(path).map_err(failed())?;
+    file.sync_all().map_err(failed())?;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut length = 0;
+    loop {
+        if stop.is_cancelled() {
+            return Err(Failure::Interrupted);
+        }
+        match std::io::Read::read(&mut file, &mut buffer).map_err(failed())? {
+            0 => return Ok((length, hasher.finalize().to_hex().to_string())),
+            read => {
+                hasher.update(&buffer[..read]);
+                length += read as u64;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::manifest::tests::example;
+    use super::*;
+
+    fn state() -> State {
+        State::new("db01-1", "db01", "vms", Kind::Auto, DiskFormat::Qcow2)
+    }
+
+    #[test]
+    fn it_is_hidden_until_it_is_whole() {
+        let root = tempfile::tempdir().unwrap();
+        let partial = Partial::create(root.path(), state()).unwrap();
+        fs::write(partial.file("vda.full.qcow2"), "x").unwrap();
+        let seen = || -> Vec<_> {
+            let names = fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().file_name());
+            names.collect()
+        };
+        assert_eq!(seen(), [".db01-1.partial"]);
+        partial.publish(&example("db01-1", None)).unwrap();
+        assert_eq!(seen(), ["db01-1"]);
+        let mut inside: Vec<_> = fs::read_dir(root.path().join("db01-1"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        inside.sort();
+        assert_eq!(inside, ["manifest.json", "vda.full.qcow2"]);
+    }
+
+    #[test]
+    fn one_process_writes_and_a_successor_goes_on() {
+        let root = tempfile::tempdir().unwrap();
+        let mut partial = Partial::create(root.path(), state()).unwrap();
+        assert!(matches!(Partial::open(root.path(), "db01-1"), Err(Failure::Usage(_))), "it is locked");
+        partial.state.run = Some("r".to_owned());
+        partial.store().unwrap();
+        let left = partial.state.clone();
+        drop(partial);
+        let partial = Partial::open(root.path(), "db01-1").unwrap().unwrap();
+        assert_eq!(partial.state, left);
+        assert!(Partial::open(root.path(), "db01-2").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_digest_is_the_files_own() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("file");
+        fs::write(&path, b"abc").unwrap();
+        let stop = CancellationToken::new();
+        let (length, digest) = digest(&path, &stop).unwrap();
+        assert_eq!(length, 3);
+        assert_eq!(digest, "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85");
+        stop.cancel();
+        assert!(matches!(super::digest(&path, &stop), Err(Failure::Interrupted)));
+    }
+}

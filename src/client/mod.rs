@@ -1,0 +1,29 @@
+//! `virtmark`, the client: reads the disks of a backup into files that can be restored, and looks after those files. It
+//! never decides what a backup is: it makes the same objects that anybody makes with kubectl, and reads them as a stock
+//! ovirt-imageio client does.
+//!
+//! ```text
+//!  I/O       args -> command -> backup -> download -> images (HTTP)    target (qcow2, raw)
+//!                            \-> verify, restore, look   folder (a restore point on disk)
+//!            kubernetes (objects, watches, tickets)   interrupt   screen
+//!  values    manifest  chain  names  extents  plan  progress  words  output  record
+//!            inventory  explain  exit
+//! ```
+//!
+//! The values are functions of values: no file, no socket, no clock.
+
+pub mod chain;
+pub mod exit;
+pub mod extents;
+pub mod folder;
+pub mod images;
+pub mod interrupt;
+pub mod manifest;
+pub mod names;
+pub mod output;
+pub mod plan;
+pub mod progress;
+pub mod screen;
+pub mod spool;
+pub mod store;
+pub mod words;

@@ -12,18 +12,32 @@
 //!
 //! The values are functions of values: no file, no socket, no clock.
 
+pub mod args;
+pub mod backup;
 pub mod chain;
+pub mod command;
+pub mod download;
 pub mod exit;
+pub mod explain;
 pub mod extents;
 pub mod folder;
 pub mod images;
 pub mod interrupt;
+pub mod inventory;
+pub mod kubernetes;
+pub mod look;
 pub mod manifest;
 pub mod names;
 pub mod output;
 pub mod plan;
 pub mod progress;
+pub mod record;
+pub mod restore;
 pub mod screen;
 pub mod spool;
 pub mod store;
+pub mod target;
+pub mod verify;
 pub mod words;
+
+pub use command::main;

@@ -1,0 +1,88 @@
+//! A restore point's disks as plain files: any point of a chain, by `qemu-img convert`. It verifies nothing but the chain
+//! (`verify` does), and never writes over a file.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use super::chain;
+use super::exit::Failure;
+use super::folder;
+use super::kubernetes::unless;
+use super::manifest::DiskFormat;
+use super::screen::Screen;
+use super::store::Store;
+use super::target::qemu_img_done;
+use tokio_util::sync::CancellationToken;
+
+/// What is wanted.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The restore point; the newest when absent.
+    pub point: Option<String>,
+    /// The disks; all when empty.
+    pub disks: Vec<String>,
+    /// Where the files go.
+    pub to: PathBuf,
+    /// Their format.
+    pub format: DiskFormat,
+}
+
+/// Writes `DISK.FORMAT` for each disk; answers the files.
+///
+/// # Errors
+/// When there is no such restore point or disk, its chain is broken, or a file is there already.
+pub async fn restore(
+    store: &Store,
+    wanted: &Wanted,
+    screen: &Screen,
+    stop: &CancellationToken,
+) -> Result<Vec<PathBuf>, Failure> {
+    let point = match &wanted.point {
+        Some(name) => store.point(name),
+        None => store.points.last(),
+    };
+    let point = point.ok_or_else(|| {
+        let name = wanted.point.as_deref().unwrap_or("one");
+        Failure::NotFound(format!(
+            "there is no restore point {name}: virtmark chain list {}",
+            store.root.display()
+        ))
+    })?;
+    if let Some(missing) = wanted.disks.iter().find(|name| point.disk(name).is_none()) {
+        return Err(Failure::NotFound(format!("{} has no disk {missing}", point.name)));
+    }
+    std::fs::create_dir_all(&wanted.to).map_err(Failure::file(&wanted.to))?;
+    let mut made = Vec::new();
+    for disk in &point.disks {
+        if !wanted.disks.is_empty() && !wanted.disks.contains(&disk.target) {
+            continue;
+        }
+        chain::layers(&store.points, point, disk)
+            .map_err(|gap| Failure::Damaged(format!("{}: {}: {gap}", point.name, disk.target)))?;
+        let whole = wanted.to.join(format!("{}.{}", disk.target, wanted.format.as_str()));
+        if whole.exists() {
+            return Err(Failure::Usage(format!("{} is there already", whole.display())));
+        }
+        screen.say(format!("Restoring {} of {} to {}", disk.target, point.name, whole.display()));
+        let beside = wanted.to.join(format!(".{}.{}.partial", disk.target, wanted.format.as_str()));
+        let source = store.file(&point.name, &disk.file);
+        let done = unless(stop, convert(&source, disk.format, &beside, wanted.format)).await;
+        let done = done.and_then(|()| {
+            let file = std::fs::File::open(&beside).and_then(|file| file.sync_all());
+            file.map_err(Failure::file(&beside))
+        });
+        if let Err(failure) = done {
+            let _ = std::fs::remove_file(&beside);
+            return Err(failure);
+        }
+        std::fs::rename(&beside, &whole).map_err(Failure::file(&whole))?;
+        made.push(whole);
+    }
+    folder::sync(&wanted.to)?;
+    Ok(made)
+}
+
+async fn convert(from: &Path, format: DiskFormat, to: &Path, other: DiskFormat) -> Result<(), Failure> {
+    let words = ["convert", "-q", "-f", format.as_str(), "-O", other.as_str()].map(OsStr::new);
+    qemu_img_done(words.into_iter().chain([from.as_os_str(), to.as_os_str()])).await.map(drop)
+}

@@ -30,7 +30,7 @@ down:
 cargo_test := cargo test --no-fail-fast --locked --workspace --features virtmark/killpoints
 tests := $(patsubst %/main,%,$(basename $(wildcard tests/*.rs tests/*/main.rs bed/tests/*.rs)))
 longest := kills::a_backup_survives outages::
-others := --lib --bins --examples $(addprefix --test ,$(filter-out survival cluster,$(notdir $(tests))))
+others := --lib --bins --examples $(addprefix --test ,$(filter-out survival cluster client,$(notdir $(tests))))
 
 # the tests' own build has the processes too: `cargo build` and `cargo run` would build other features of the dependencies
 test: style
@@ -46,7 +46,7 @@ test-survival:
 	$(bed) --hypervisors 2 run -- $(cargo_test) --test survival -- $(addprefix --skip ,$(longest))
 
 test-cluster:
-	$(bed) --hypervisors 2 run -- $(cargo_test) --test cluster
+	$(bed) --hypervisors 2 run -- $(cargo_test) --test cluster --test client
 
 test-others:
 	$(bed) --hypervisors 2 run -- $(cargo_test) $(others)
@@ -95,7 +95,7 @@ lint: style
 style: prerequisites
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --features virtmark/killpoints -- -D warnings
-	cargo clippy --locked --no-default-features --bin operator --bin generate -- -D warnings
+	cargo clippy --locked --no-default-features --bin operator --bin generate --bin virtmark -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
 
 # libFuzzer on the stable toolchain: rustc's own LLVM has the instrumentation, libfuzzer-sys the rest

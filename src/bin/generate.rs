@@ -1,4 +1,4 @@
-//! Writes what is made from the Rust code: `crds/`, `deploy/`, their like in `charts/` and the tables in `docs/`; with
+//! Writes what is made from the Rust code: `crds/`, `deploy/`, their like in `charts/`, the tables and the schema in `docs/`; with
 //! `--check` only says what differs.
 
 use std::process::ExitCode;
@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::Value;
 use serde_saphyr::SerializerOptions;
-use virtmark::{access, api, chart, tables};
+use virtmark::{access, api, chart, client, tables};
 
 /// In what the image server differs from ovirt-imageio on purpose.
 const DIFFERENCES: &str = "tests/conformance/differences.yaml";
@@ -53,6 +53,9 @@ fn main() -> anyhow::Result<ExitCode> {
             tables::put(&page, &table).with_context(|| format!("{path} has no place for its table"))?;
         made.push((path, page));
     }
+
+    let schema = format!("{}\n", serde_json::to_string_pretty(&client::manifest::schema())?);
+    made.push(("docs/restore-point.schema.json".to_owned(), schema));
 
     let check = env::args().any(|argument| argument == "--check");
     let mut differ = false;

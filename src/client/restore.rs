@@ -1,5 +1,5 @@
-//! A restore point's disks as plain files: any point of a chain, by `qemu-img convert`. It verifies nothing but the chain
-//! (`verify` does), and never writes over a file.
+//! A restore point's disks as plain files: any point of a chain, by `qemu-img convert`. It reads no digest (`verify`
+//! does), but looks that each image lies over what it should, and never writes over a file.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use super::manifest::DiskFormat;
 use super::screen::Screen;
 use super::store::Store;
 use super::target::qemu_img_done;
+use super::verify;
 use tokio_util::sync::CancellationToken;
 
 /// What is wanted.
@@ -57,8 +58,14 @@ pub async fn restore(
         if !wanted.disks.is_empty() && !wanted.disks.contains(&disk.target) {
             continue;
         }
-        chain::layers(&store.points, point, disk)
+        let layers = chain::layers(&store.points, point, disk)
             .map_err(|gap| Failure::Damaged(format!("{}: {}: {gap}", point.name, disk.target)))?;
+        for (layer, below) in layers.into_iter().filter(|(_, below)| below.format == DiskFormat::Qcow2) {
+            let problems = verify::image(&store.file(&layer.name, &below.file), layer, below).await?;
+            if let Some(words) = problems.first() {
+                return Err(Failure::Damaged(format!("{}: {words}", layer.name)));
+            }
+        }
         let whole = wanted.to.join(format!("{}.{}", disk.target, wanted.format.as_str()));
         if whole.exists() {
             return Err(Failure::Usage(format!("{} is there already", whole.display())));

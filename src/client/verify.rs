@@ -141,32 +141,92 @@ async fn file(
     Ok(problems)
 }
 
-/// What QEMU says of a qcow2 image.
-async fn image(path: &Path, point: &Manifest, disk: &Disk) -> Result<Vec<String>, Failure> {
+/// What QEMU says of a qcow2 image, and whether it names what it lies over as it was written: an image that names something
+/// else would have QEMU read that.
+///
+/// # Errors
+/// When qemu-img cannot be run.
+pub async fn image(path: &Path, point: &Manifest, disk: &Disk) -> Result<Vec<String>, Failure> {
     let with = |words: &[&str]| -> Vec<std::ffi::OsString> {
         let words = words.iter().map(|word| std::ffi::OsString::from(*word));
         words.chain([path.as_os_str().to_owned()]).collect()
     };
-    let check = qemu_img(with(&["check", "-q", "-f", "qcow2"])).await?;
-    let mut problems = Vec::new();
-    // 3: clusters that nothing uses
-    if !matches!(check.status.code(), Some(0 | 3)) {
-        let words = String::from_utf8_lossy(&check.stderr);
-        let first = words.lines().find(|line| !line.trim().is_empty()).unwrap_or("it is damaged");
-        problems.push(format!("qemu-img check of {}: {}", disk.file, first.trim_start_matches("qemu-img: ")));
+    // this one opens nothing but the file itself
+    let info = qemu_img(with(&["info", "--output=json", "-f", "qcow2"])).await?;
+    if !info.status.success() {
+        return Ok(vec![format!("qemu-img info of {}: {}", disk.file, first(&info.stderr))]);
+    }
+    let info: Value = serde_json::from_slice(&info.stdout).unwrap_or_default();
+    let problems = named(&info, point, disk);
+    if !problems.is_empty() {
         return Ok(problems);
     }
-    let info = qemu_img(with(&["info", "--output=json", "-f", "qcow2"])).await?;
-    let info: Value = serde_json::from_slice(&info.stdout).unwrap_or_default();
-    if info["virtual-size"].as_u64() != Some(disk.size) {
-        problems
-            .push(format!("{} is of a disk of {} bytes, not {}", disk.file, info["virtual-size"], disk.size));
+    let check = qemu_img(with(&["check", "-q", "-f", "qcow2"])).await?;
+    // 3: clusters that nothing uses
+    if matches!(check.status.code(), Some(0 | 3)) {
+        return Ok(Vec::new());
+    }
+    Ok(vec![format!("qemu-img check of {}: {}", disk.file, first(&check.stderr))])
+}
+
+fn first(words: &[u8]) -> String {
+    let words = String::from_utf8_lossy(words);
+    let line = words.lines().find(|line| !line.trim().is_empty()).unwrap_or("it is damaged");
+    line.trim_start_matches("qemu-img: ").to_owned()
+}
+
+/// What is wrong with what an image says of itself.
+fn named(info: &Value, point: &Manifest, disk: &Disk) -> Vec<String> {
+    let mut problems = Vec::new();
+    let size = &info["virtual-size"];
+    if size.as_u64() != Some(disk.size) {
+        problems.push(format!("{} is of a disk of {size} bytes, not {}", disk.file, disk.size));
     }
     let parent = point.parent.as_ref().map(|parent| parent.name.as_str()).unwrap_or_default();
-    let expected = disk.base.as_ref().map(|base| names::backing(parent, &base.file));
-    if info["backing-filename"].as_str() != expected.as_deref() {
-        let (has, should) = (&info["backing-filename"], expected.as_deref().unwrap_or("nothing"));
+    let below = disk.base.as_ref().map(|base| (names::backing(parent, &base.file), base.format.as_str()));
+    let (file, format) = (info["backing-filename"].as_str(), info["backing-filename-format"].as_str());
+    if (file, format) != (below.as_ref().map(|below| below.0.as_str()), below.as_ref().map(|below| below.1)) {
+        let (has, should) = (file.unwrap_or("nothing"), below.map_or("nothing".to_owned(), |below| below.0));
         problems.push(format!("{} names {has} as what it lies over, and not {should}", disk.file));
     }
-    Ok(problems)
+    if !info["format-specific"]["data"]["data-file"].is_null() {
+        problems.push(format!("{} has its data in another file, which virtmark never makes", disk.file));
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::manifest::tests::example;
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_an_image_says_of_itself() {
+        let full = example("a", None);
+        let over = example("b", Some("a"));
+        let size = full.disks[0].size;
+        let below = json!({"virtual-size": size, "backing-filename": "../a/vda.full.qcow2",
+            "backing-filename-format": "qcow2"});
+        let with = |key: &str, value: Value| {
+            let mut info = below.clone();
+            info[key] = value;
+            info
+        };
+        let rows = [
+            (&full, json!({"virtual-size": size}), 0),
+            (&full, json!({"virtual-size": size + 512}), 1),
+            (&full, below.clone(), 1),
+            (&full, json!({}), 1),
+            (&over, below.clone(), 0),
+            (&over, json!({"virtual-size": size}), 1),
+            (&over, with("backing-filename", json!("/etc/shadow")), 1),
+            (&over, with("backing-filename-format", json!("raw")), 1),
+            (&over, with("format-specific", json!({"data": {"data-file": "/etc/shadow"}})), 1),
+        ];
+        for (point, info, problems) in rows {
+            let found = named(&info, point, &point.disks[0]);
+            assert_eq!(found.len(), problems, "{info}: {found:?}");
+        }
+    }
 }

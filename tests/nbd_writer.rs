@@ -1,5 +1,5 @@
 //! The NBD writer before a server that is honest and difficult: it answers what is in flight in any order, late, and takes
-//! note of what a client must never do. What a real qemu-nbd makes of it is in `tests/nbd_qemu.rs`.
+//! note of what a client must never do. What a real qemu-nbd makes of it is in `tests/nbd_qemu_write.rs`.
 
 #![allow(clippy::unwrap_used, reason = "the helpers of tests, too, fail by panic")]
 
@@ -305,6 +305,30 @@ async fn a_write_that_was_dropped_in_its_middle_ends_it() {
         .await;
     }
     assert!(matches!(writer.finish().await, Err(NbdError::GivenUp)));
+}
+
+#[tokio::test]
+async fn what_is_given_up_is_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let (export, disk) =
+        serve(directory.path(), Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 4, ..Disk::default() });
+    let mut client = Client::connect_to_write(&export).await.unwrap();
+    client.shape(8192, 4);
+    let mut writer = client.writer().unwrap();
+    writer.write(0, &[1; 3 * 8192 + 10]).await.unwrap();
+    assert_eq!(writer.unanswered_from(), Some(0));
+    writer.drain().await.unwrap();
+    assert_eq!(writer.unanswered_from(), None);
+    writer.write(8192, &[2; 2 * 8192 + 5]).await.unwrap();
+    assert_eq!(writer.unanswered_from(), Some(8192));
+    writer.abandon().await;
+    let disk = disk.lock().unwrap();
+    assert!(disk.bytes[8192..3 * 8192].iter().all(|byte| *byte == 2));
+    assert_eq!(
+        disk.bytes[3 * 8192..][..12],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0],
+        "what was gathered is forgotten"
+    );
 }
 
 #[tokio::test]

@@ -177,6 +177,33 @@ impl Writer {
         Ok(self.client)
     }
 
+    /// The lowest byte that the server has not answered for; `None` when it has answered for all.
+    #[must_use]
+    pub fn unanswered_from(&self) -> Option<u64> {
+        let gathered = self.gathering().then_some(self.from);
+        self.in_flight
+            .iter()
+            .filter(|request| request.what != What::Flush)
+            .map(|r| r.offset)
+            .chain(gathered)
+            .min()
+    }
+
+    /// Ends it, also after an error or a call that was dropped: what is gathered is forgotten, and what is in flight is
+    /// waited for, so that nothing reaches the export afterwards.
+    pub async fn abandon(mut self) {
+        poll_fn(|cx| {
+            while !self.in_flight.is_empty() {
+                match ready!(self.poll_one(cx)) {
+                    Ok(()) | Err(NbdError::Server { .. }) => {}
+                    Err(_) => break,
+                }
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     /// Goes on with what is in flight, without waiting for it: for who waits for something else meanwhile. The task is
     /// woken when there is more to do.
     pub fn poll_progress(&mut self, cx: &mut Context<'_>) -> Result<(), NbdError> {

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Parser;
-use virtmark::imageio::{Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets, tls};
+use virtmark::imageio::{
+    Access, Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets, tls,
+};
 use virtmark::nbd::{Client, Export};
 use virtmark::telemetry;
 
@@ -33,6 +35,9 @@ struct Arguments {
     /// The ticket's id, 32 hex digits with or without dashes; random when none is given.
     #[arg(long)]
     ticket: Option<String>,
+    /// The ticket permits to write too; what is made zero may become a hole.
+    #[arg(long)]
+    write: bool,
 }
 
 #[tokio::main]
@@ -77,6 +82,7 @@ async fn main() -> anyhow::Result<()> {
         transfer: "transfer".to_owned(),
         backup: "backup".to_owned(),
         disk: "disk".to_owned(),
+        access: if arguments.write { Access::Write { sparse: true } } else { Access::Read },
         size,
         dirty: export.bitmap.is_some(),
         export,

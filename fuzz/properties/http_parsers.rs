@@ -44,7 +44,9 @@ pub fn check(input: &[u8]) {
             resolved(range);
         }
         Ok(Op::Extents { ticket, .. }) => named(&ticket, &uri, "/extents"),
-        Ok(Op::Options { ticket } | Op::Write { ticket } | Op::Patch { ticket }) => named(&ticket, &uri, ""),
+        Ok(Op::Options { ticket } | Op::Write { ticket, .. } | Op::Patch { ticket }) => {
+            named(&ticket, &uri, "");
+        }
     }
 }
 
@@ -85,7 +87,7 @@ fn values(bytes: &[u8]) {
         let digits: String = text["bytes ".len()..].chars().take_while(char::is_ascii_digit).collect();
         assert_eq!(digits.parse(), Ok(first));
     }
-    if let Err(refusal) = wire::check_patch(bytes) {
+    if let Err(refusal) = wire::Patch::parse(bytes) {
         assert!(refusal.status == 400 && refusal.message.len() < 256, "{refusal:?}");
     }
     let Ok(text) = std::str::from_utf8(bytes) else { return };

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::connection::Connection;
-use super::ticket::Ticket;
+use super::ticket::{Access, Ticket};
 use super::tickets::{Operation, Slot};
 use super::wire::ExtentsJson;
 use crate::extent::Extent;
@@ -166,7 +166,9 @@ impl ImageBody {
             chunk.unwrap_or(Err(NbdError::Closed)).inspect_err(|error| self.running.failed("READ", error))?;
         let behind = self.at + chunk.len() as u64;
         if let Some(operation) = &self.running.operation {
-            self.running.connection.yielded(&operation.coverage, self.at, behind);
+            // who writes has what was written counted
+            let counts = operation.ticket.access == Access::Read;
+            self.running.connection.yielded(counts.then_some(&operation.coverage), self.at, behind);
         }
         self.at = behind;
         self.given = Some(Instant::now());
@@ -185,9 +187,7 @@ impl ImageBody {
 impl Drop for ImageBody {
     fn drop(&mut self) {
         let mut journal = self.running.connection.journal();
-        journal.reads.operations += 1;
-        journal.reads.bytes += self.at - self.start;
-        journal.reads.time += self.running.begun.elapsed();
+        journal.reads.add(self.at - self.start, self.running.begun.elapsed());
         journal.storage += self.storage;
         journal.socket += self.socket;
         drop(journal);
@@ -245,9 +245,6 @@ impl ExtentsBody {
 
 impl Drop for ExtentsBody {
     fn drop(&mut self) {
-        let mut journal = self.running.connection.journal();
-        journal.extents.operations += 1;
-        journal.extents.bytes += self.bytes;
-        journal.extents.time += self.running.begun.elapsed();
+        self.running.connection.journal().extents.add(self.bytes, self.running.begun.elapsed());
     }
 }

@@ -112,10 +112,11 @@ impl Connection {
         slot
     }
 
-    /// Bytes `start..end` were given to hyper.
-    pub(super) fn yielded(&self, coverage: &Arc<SharedCoverage>, start: u64, end: u64) {
+    /// Bytes `start..end` were given to hyper, and count as served by this coverage, if by any, once they are taken.
+    pub(super) fn yielded(&self, coverage: Option<&Arc<SharedCoverage>>, start: u64, end: u64) {
         let mut pending = self.pending();
         pending.bytes += end - start;
+        let Some(coverage) = coverage else { return };
         if let Some((last, _, behind)) = pending.ranges.last_mut()
             && Arc::ptr_eq(last, coverage)
             && *behind == start

@@ -23,6 +23,9 @@ pub(super) struct Journal {
     pub(super) refused: u64,
     pub(super) reads: Count,
     pub(super) extents: Count,
+    pub(super) writes: Count,
+    pub(super) zeroes: Count,
+    pub(super) flushes: Count,
     /// Of `reads`: waiting for the storage.
     pub(super) storage: Duration,
     /// Of `reads`: encrypting, and waiting for the client to take it.
@@ -37,6 +40,15 @@ pub(super) struct Count {
     pub(super) time: Duration,
 }
 
+impl Count {
+    /// One more.
+    pub(super) fn add(&mut self, bytes: u64, time: Duration) {
+        self.operations += 1;
+        self.bytes += bytes;
+        self.time += time;
+    }
+}
+
 impl Journal {
     pub(super) fn new(number: u64, client: String) -> Journal {
         debug!(connection = number, client, "ACCEPT");
@@ -49,6 +61,9 @@ impl Journal {
             refused: 0,
             reads: Count::default(),
             extents: Count::default(),
+            writes: Count::default(),
+            zeroes: Count::default(),
+            flushes: Count::default(),
             storage: Duration::ZERO,
             socket: Duration::ZERO,
         }
@@ -99,6 +114,15 @@ impl Drop for Journal {
             extents_ops = self.extents.operations,
             extents_bytes = self.extents.bytes,
             extents_seconds = self.extents.time.as_secs_f64(),
+            write_ops = self.writes.operations,
+            write_bytes = self.writes.bytes,
+            write_seconds = self.writes.time.as_secs_f64(),
+            write_mib_per_second = rate(self.writes.bytes, self.writes.time),
+            zero_ops = self.zeroes.operations,
+            zero_bytes = self.zeroes.bytes,
+            zero_seconds = self.zeroes.time.as_secs_f64(),
+            flush_ops = self.flushes.operations,
+            flush_seconds = self.flushes.time.as_secs_f64(),
             "CLOSE"
         );
     }

@@ -36,10 +36,12 @@ pub enum Op {
         /// Value of `context`.
         context: Option<String>,
     },
-    /// `PUT /images/ID`, well formed; tickets here do not permit it.
+    /// `PUT /images/ID`, well formed.
     Write {
         /// As sent.
         ticket: String,
+        /// What is written.
+        put: Put,
     },
     /// `PATCH /images/ID`; its body is still to be checked.
     Patch {
@@ -48,6 +50,17 @@ pub enum Op {
     },
     /// `GET /info/`: the version.
     Info,
+}
+
+/// Where a body goes, and whether it is flushed before the answer, as it is when nothing is said of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Put {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes, as the request's length says; what `Content-Range` says of its end does not count.
+    pub length: u64,
+    /// Whether all is on stable storage with the answer.
+    pub flush: bool,
 }
 
 enum Resource {
@@ -90,8 +103,8 @@ pub fn route(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Op, Refu
         }
         ("GET", Resource::Info) => Ok(Op::Info),
         ("PUT", Resource::Image(ticket)) => {
-            check_put(query, headers)?;
-            Ok(Op::Write { ticket })
+            let put = check_put(query, headers)?;
+            Ok(Op::Write { ticket, put })
         }
         ("PATCH", Resource::Image(ticket)) => Ok(Op::Patch { ticket }),
         (_, resource) => {
@@ -137,16 +150,18 @@ fn no_ticket() -> Refusal {
     Refusal::bad_request("Ticket id is required")
 }
 
-fn check_put(query: Option<&str>, headers: &HeaderMap) -> Result<(), Refusal> {
-    // That it is a number was checked when the request was read.
-    if headers.contains_key(TRANSFER_ENCODING) || !headers.contains_key(CONTENT_LENGTH) {
-        return Err(Refusal::bad_request("Content-Length header is required"));
-    }
-    headers.get(CONTENT_RANGE).map(|value| wire::content_range(value.as_bytes())).transpose()?;
-    match wire::query_value(query, "flush").as_deref() {
-        None | Some("y" | "n") => Ok(()),
-        Some(_) => Err(Refusal::bad_request("Invalid value for \"flush\": use y or n")),
-    }
+fn check_put(query: Option<&str>, headers: &HeaderMap) -> Result<Put, Refusal> {
+    // That it is a number, the same wherever it stands, was checked when the request was read.
+    let length = headers.get(CONTENT_LENGTH).filter(|_| !headers.contains_key(TRANSFER_ENCODING));
+    let length = length.and_then(|value| value.to_str().ok()?.split(',').next()?.trim().parse().ok());
+    let length = length.ok_or_else(|| Refusal::bad_request("Content-Length header is required"))?;
+    let offset = headers.get(CONTENT_RANGE).map(|value| wire::content_range(value.as_bytes())).transpose()?;
+    let flush = match wire::query_value(query, "flush").as_deref() {
+        None | Some("y") => true,
+        Some("n") => false,
+        Some(_) => return Err(Refusal::bad_request("Invalid value for \"flush\": use y or n")),
+    };
+    Ok(Put { offset: offset.unwrap_or(0), length, flush })
 }
 
 fn refuse_method(message: String, resource: Option<&Resource>) -> Refusal {
@@ -189,8 +204,13 @@ mod tests {
         assert_eq!(ask("GET", "/images/ID/extents?context=a&context=dirty", &[]), extents(Some("dirty")));
         let length = ("content-length", "10");
         assert_eq!(
-            ask("PUT", "/images/ID?flush=n", &[length, ("content-range", "bytes 0-9/*")]),
-            Ok(Op::Write { ticket: ticket() })
+            ask("PUT", "/images/ID?flush=n", &[length, ("content-range", "bytes 7-9/*")]),
+            Ok(Op::Write { ticket: ticket(), put: Put { offset: 7, length: 10, flush: false } })
+        );
+        let put = Put { offset: 0, length: 10, flush: true };
+        assert_eq!(
+            ask("PUT", "/images/ID", &[("content-length", "10, 10")]),
+            Ok(Op::Write { ticket: ticket(), put })
         );
         assert_eq!(ask("PATCH", "/images/ID", &[]), Ok(Op::Patch { ticket: ticket() }));
     }

@@ -1,4 +1,5 @@
-//! Answers requests: routes them, asks the tickets, opens the backend, and makes the answer.
+//! Answers requests: routes them, asks the tickets, opens the backend, and makes the answer. What writes is in
+//! [`super::write`].
 //!
 //! Everything that can be refused is refused before the first byte of a body. A backend that fails by then
 //! is a 500 with imageio's words; its reason is in the log with the transfer's name. After that only the
@@ -18,16 +19,16 @@ use tracing::{info, warn};
 use super::body::{Answer, ExtentsBody, ImageBody, Running, chain};
 use super::connection::Connection;
 use super::route::{Op, asks_to_close, route};
-use super::ticket::{Denied, Ticket};
+use super::ticket::{Access, Denied, Ticket};
 use super::tickets::{Operation, Slot, Tickets};
-use super::wire::{self, Context, ExtentsJson, Options, Range, Refusal};
+use super::wire::{self, Context, ExtentsJson, Options, Patch, Range, Refusal};
 use crate::extent::Extent;
 use crate::nbd::{Client, NbdError, ReadStream, StatusStream};
 
 /// Longest PATCH body that is read.
 const MAX_PATCH: usize = 64 << 10;
-/// Connections a client should read a disk with, at most. More are served.
-const MAX_READERS: u32 = 8;
+/// Connections a client should read a disk with, or write to it, at most. More are served.
+const MAX_CLIENTS: u32 = 8;
 /// `server` of every answer.
 const SERVER: &str = concat!("virtmark/", env!("CARGO_PKG_VERSION"));
 
@@ -38,8 +39,8 @@ pub(super) struct Service {
     pub(super) connection: Arc<Connection>,
 }
 
-/// Why a request gets no body of a disk.
-enum Failure {
+/// Why a request is not done.
+pub(super) enum Failure {
     Refused(Refusal),
     /// As before, and the connection is closed, as imageio does.
     Denied(Refusal),
@@ -58,19 +59,12 @@ impl Service {
         request: Request<Incoming>,
     ) -> Result<Response<Answer>, Infallible> {
         self.connection.journal().requests += 1;
-        let (head, body) = request.into_parts();
+        let (head, mut body) = request.into_parts();
         let cors = cors(&head.method, head.uri.path(), &head.headers);
         let mut unread = !body.is_end_stream();
         let answered = match check_line(&head).and_then(|()| route(&head.method, &head.uri, &head.headers)) {
             Err(refusal) => Err(refusal.into()),
-            Ok(Op::Patch { ticket }) => match read_patch(body).await {
-                Ok(patch) => {
-                    unread = false;
-                    wire::check_patch(&patch).map_err(Failure::from).and_then(|()| self.forbid_write(&ticket))
-                }
-                Err(refusal) => Err(refusal.into()),
-            },
-            Ok(op) => self.perform(op).await,
+            Ok(op) => self.perform(op, &mut body, &mut unread).await,
         };
         let mut close = unread || asks_to_close(&head.method, &head.uri);
         let mut response = match answered {
@@ -97,30 +91,50 @@ impl Service {
         Ok(response)
     }
 
-    async fn perform(&self, op: Op) -> Result<Response<Answer>, Failure> {
+    /// Tells by `unread` whether something of the body is left, where that changed.
+    async fn perform(
+        &self,
+        op: Op,
+        body: &mut Incoming,
+        unread: &mut bool,
+    ) -> Result<Response<Answer>, Failure> {
         match op {
             Op::Info => Ok(json(&serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }))),
-            Op::ServerOptions => Ok(allow(json(&self.options(None)))),
+            Op::ServerOptions => Ok(self.options(None)),
             Op::Options { ticket } => {
                 let operation = self.begin(&ticket)?;
-                let answer = Ok(allow(json(&self.options(Some(&operation.ticket)))));
+                let answer = Ok(self.options(Some(&operation.ticket)));
                 self.connection.finished(operation);
                 answer
             }
             Op::Read { ticket, range } => self.read(&ticket, range).await,
             Op::Extents { ticket, context } => self.extents(&ticket, context.as_deref()).await,
-            Op::Write { ticket } | Op::Patch { ticket } => self.forbid_write(&ticket),
+            Op::Write { ticket, put } => {
+                let written = self.put(&ticket, put, body).await;
+                *unread = !body.is_end_stream();
+                written
+            }
+            Op::Patch { ticket } => {
+                let patch = read_patch(body).await?;
+                *unread = false;
+                self.patch(&ticket, Patch::parse(&patch)?).await
+            }
         }
     }
 
-    fn options(&self, ticket: Option<&Ticket>) -> Options<'_> {
-        Options {
+    /// What a ticket permits, or any could.
+    fn options(&self, ticket: Option<&Ticket>) -> Response<Answer> {
+        let writes = ticket.is_none_or(|ticket| ticket.access != Access::Read);
+        let mut response = json(&Options {
             unix_socket: self.unix_socket.as_deref(),
-            features: &["extents"],
-            max_readers: ticket.map(|_| MAX_READERS),
-            max_writers: ticket.map(|_| 1),
+            features: if writes { &["extents", "flush", "zero"] } else { &["extents"] },
+            max_readers: ticket.map(|_| MAX_CLIENTS),
+            max_writers: ticket.map(|_| if writes { MAX_CLIENTS } else { 1 }),
             size: ticket.map(|ticket| ticket.size),
-        }
+        });
+        let methods = if writes { "OPTIONS,GET,PUT,PATCH" } else { "OPTIONS,GET" };
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
+        response
     }
 
     async fn read(&self, id: &str, range: Option<Range>) -> Result<Response<Answer>, Failure> {
@@ -148,8 +162,9 @@ impl Service {
                     slot.keep(client);
                     return Err(refusal.into());
                 }
-                // A kept connection may have been closed by the server meanwhile: once more with a new one.
-                Err(_) if reused => {}
+                // A kept connection may have been closed by the server meanwhile: once more with a new one, unless it may
+                // have written, see [`super::write`].
+                Err(_) if reused && ticket.access == Access::Read => {}
                 Err(error) => return Err(self.backend_failed(&ticket, "READ", &error)),
             }
         };
@@ -183,7 +198,7 @@ impl Service {
             };
             match opened.await {
                 Ok(opened) => break opened,
-                Err(_) if reused => {}
+                Err(_) if reused && ticket.access == Access::Read => {}
                 Err(error) => return Err(self.backend_failed(&ticket, "EXTENTS", &error)),
             }
         };
@@ -198,15 +213,9 @@ impl Service {
         Running { connection: Arc::clone(&self.connection), operation: Some(operation), slot, begun }
     }
 
-    fn forbid_write(&self, id: &str) -> Result<Response<Answer>, Failure> {
-        let operation = self.begin(id)?;
-        let why = format!("Transfer={} forbids write", operation.ticket.transfer);
-        Err(Failure::Denied(Refusal::forbidden(&why)))
-    }
-
     /// Asks the tickets. The refusal repeats the id that the client sent, as imageio does: to the client
     /// alone, which has it already.
-    fn begin(&self, id: &str) -> Result<Operation, Failure> {
+    pub(super) fn begin(&self, id: &str) -> Result<Operation, Failure> {
         let operation =
             self.tickets.begin(id, &self.connection.cut, &self.connection.progress).map_err(|denied| {
                 Failure::Denied(Refusal::forbidden(&match denied {
@@ -227,10 +236,11 @@ impl Service {
 }
 
 /// The kept connection to a ticket's export, or a new one.
-async fn open(kept: Option<Client>, ticket: &Ticket) -> Result<Client, NbdError> {
-    match kept {
-        Some(client) => Ok(client),
-        None => Client::connect(&ticket.export).await,
+pub(super) async fn open(kept: Option<Client>, ticket: &Ticket) -> Result<Client, NbdError> {
+    match (kept, ticket.access) {
+        (Some(client), _) => Ok(client),
+        (None, Access::Read) => Client::connect(&ticket.export).await,
+        (None, Access::Write { .. }) => Client::connect_to_write(&ticket.export).await,
     }
 }
 
@@ -242,7 +252,7 @@ fn check_line(head: &hyper::http::request::Parts) -> Result<(), Refusal> {
     Ok(())
 }
 
-async fn read_patch(body: Incoming) -> Result<Bytes, Refusal> {
+async fn read_patch(body: &mut Incoming) -> Result<Bytes, Refusal> {
     let whole = Limited::new(body, MAX_PATCH).collect().await;
     whole
         .map(http_body_util::Collected::to_bytes)
@@ -271,11 +281,6 @@ fn json(document: &impl serde::Serialize) -> Response<Answer> {
     }
 }
 
-fn allow(mut response: Response<Answer>) -> Response<Answer> {
-    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("OPTIONS,GET"));
-    response
-}
-
 fn disposition(filename: Option<&str>) -> HeaderValue {
     filename
         .and_then(|name| HeaderValue::from_bytes(format!("attachment; filename={name}").as_bytes()).ok())
@@ -283,7 +288,7 @@ fn disposition(filename: Option<&str>) -> HeaderValue {
 }
 
 /// A builder fails only on a header that we wrote wrong: then the request fails, not the server.
-fn built(builder: hyper::http::response::Builder, answer: Answer) -> Response<Answer> {
+pub(super) fn built(builder: hyper::http::response::Builder, answer: Answer) -> Response<Answer> {
     builder.body(answer).unwrap_or_else(|_| {
         let mut response = Response::new(Answer::Text(None));
         *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;

@@ -1,4 +1,4 @@
-//! A ticket: the permission to read one disk, and the secret that proves it.
+//! A ticket: the permission to read or to write one disk, and the secret that proves it.
 //!
 //! The id is a bearer secret, the only authentication of the images API. It is compared in constant time,
 //! shows itself only through [`TicketId::expose`] and serde, and never through `Debug` or a log: those name
@@ -91,7 +91,20 @@ impl TryFrom<String> for TicketId {
     }
 }
 
-/// The permission to read one disk of one backup.
+/// What a ticket permits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Access {
+    /// To read.
+    #[default]
+    Read,
+    /// To write, and to read.
+    Write {
+        /// What is made zero may become a hole; else it stays allocated.
+        sparse: bool,
+    },
+}
+
+/// The permission to read or to write one disk of one backup.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Ticket {
     /// The secret.
@@ -102,7 +115,10 @@ pub struct Ticket {
     pub backup: String,
     /// The disk's target (`vda`), for logs.
     pub disk: String,
-    /// Bytes that may be read.
+    /// What may be done.
+    #[serde(default)]
+    pub access: Access,
+    /// Bytes that it may be done to.
     pub size: u64,
     /// Where they are.
     pub export: Export,
@@ -166,6 +182,17 @@ mod tests {
                 && text.char_indices().all(|(at, c)| (c == '-') == matches!(at, 8 | 13 | 18 | 23) && c != 'g');
             prop_assert_eq!(TicketId::parse(&text).is_ok(), form);
         }
+    }
+
+    #[test]
+    fn tickets_of_before_there_were_writes_read() {
+        let stored = r#"{"id": "5ec2e700-feed-4ace-8bad-0123456789ab", "transfer": "t", "backup": "b", "disk": "vda",
+            "size": 1, "export": {"socket": "/s", "name": "vda", "bitmap": null}, "dirty": false}"#;
+        let mut ticket: Ticket = serde_json::from_str(stored).unwrap();
+        assert_eq!(ticket.access, Access::Read);
+        ticket.access = Access::Write { sparse: true };
+        let again = serde_json::to_string(&ticket).unwrap();
+        assert_eq!(serde_json::from_str::<Ticket>(&again).unwrap(), ticket);
     }
 
     #[test]

@@ -384,6 +384,7 @@ impl Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::imageio::Access;
     use crate::nbd::Export;
 
     fn ticket(transfer: &str) -> Ticket {
@@ -392,6 +393,7 @@ mod tests {
             transfer: transfer.to_owned(),
             backup: "b".to_owned(),
             disk: "vda".to_owned(),
+            access: Access::Read,
             size: 100,
             export: Export { socket: "/none".into(), name: String::new(), bitmap: None, changed_from: None },
             dirty: false,

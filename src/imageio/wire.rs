@@ -45,6 +45,12 @@ impl Refusal {
         Refusal::new(StatusCode::FORBIDDEN, message)
     }
 
+    /// 416 with the bytes that there are.
+    #[must_use]
+    pub fn unsatisfiable(size: u64, message: &str) -> Refusal {
+        Refusal { size: Some(size), ..Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, message) }
+    }
+
     /// 500 with imageio's words, which tell a client nothing of the node.
     #[must_use]
     pub fn internal() -> Refusal {
@@ -87,18 +93,14 @@ impl Range {
     pub fn resolve(range: Option<Range>, ticket: u64, image: u64) -> Result<(u64, u64), Refusal> {
         let available = ticket.min(image);
         let Some(Range { first, last }) = range else { return Ok((0, available)) };
-        let refused = |size: u64, message: &str| Refusal {
-            size: Some(size),
-            ..Refusal::new(StatusCode::RANGE_NOT_SATISFIABLE, message)
-        };
         let past_first = first.saturating_add(1);
         let end = last.map_or(available.max(past_first), |last| last.saturating_add(1));
         if end > ticket || first == u64::MAX {
-            return Err(refused(ticket, "Requested range out of allowed range"));
+            return Err(Refusal::unsatisfiable(ticket, "Requested range out of allowed range"));
         }
         if end > image {
             let message = format!("Requested more bytes than available: {end} > {available}");
-            return Err(refused(available, &message));
+            return Err(Refusal::unsatisfiable(available, &message));
         }
         Ok((first, end))
     }
@@ -129,27 +131,59 @@ pub fn content_range(value: &[u8]) -> Result<u64, Refusal> {
     if lies { Err(refused()) } else { Ok(position(first)) }
 }
 
-/// Checks the body of a PATCH: `{"op": "zero", "size": N, ...}` or `{"op": "flush"}`.
-pub fn check_patch(body: &[u8]) -> Result<(), Refusal> {
-    let value: serde_json::Value = serde_json::from_slice(body)
-        .map_err(|error| Refusal::bad_request(format!("Invalid JSON message: {error}")))?;
-    let object =
-        value.as_object().ok_or_else(|| Refusal::bad_request("Invalid JSON message: not an object"))?;
-    let op = object.get("op").ok_or_else(|| Refusal::bad_request("Missing required value for \"op\""))?;
-    match op.as_str() {
-        Some("flush") => return Ok(()),
-        Some("zero") => {}
-        _ => return Err(Refusal::bad_request("Unknown operation: use zero or flush")),
+/// What the body of a PATCH asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Patch {
+    /// `{"op": "zero", "size": N, "offset": N, "flush": BOOL}`: a range is to read as zeroes.
+    Zero {
+        /// First byte; 0 when absent.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+        /// Whether all is on stable storage with the answer; not when absent.
+        flush: bool,
+    },
+    /// `{"op": "flush"}`: all that was written is to be on stable storage.
+    Flush,
+}
+
+impl Patch {
+    /// Reads the body; 400 when it is of another form. Keys that are not known are ignored.
+    pub fn parse(body: &[u8]) -> Result<Patch, Refusal> {
+        let value: serde_json::Value = serde_json::from_slice(body)
+            .map_err(|error| Refusal::bad_request(format!("Invalid JSON message: {error}")))?;
+        let object =
+            value.as_object().ok_or_else(|| Refusal::bad_request("Invalid JSON message: not an object"))?;
+        let op = object.get("op").ok_or_else(|| Refusal::bad_request("Missing required value for \"op\""))?;
+        match op.as_str() {
+            Some("flush") => return Ok(Patch::Flush),
+            Some("zero") => {}
+            _ => return Err(Refusal::bad_request("Unknown operation: use zero or flush")),
+        }
+        let size =
+            object.get("size").ok_or_else(|| Refusal::bad_request("Missing required value for \"size\""))?;
+        let natural = |value: &serde_json::Value| {
+            let refusal = "Integer required, 0 or more, for \"size\" and \"offset\"";
+            value.as_u64().ok_or_else(|| Refusal::bad_request(refusal))
+        };
+        let (size, offset) = (natural(size)?, object.get("offset").map_or(Ok(0), natural)?);
+        let flush = object.get("flush").map_or(Some(false), serde_json::Value::as_bool);
+        let flush = flush.ok_or_else(|| Refusal::bad_request("Boolean required for \"flush\""))?;
+        Ok(Patch::Zero { offset, size, flush })
     }
-    if !object.contains_key("size") {
-        return Err(Refusal::bad_request("Missing required value for \"size\""));
+}
+
+/// Whether `length` bytes at `offset` may be written, of a ticket for `ticket` bytes on an image of `image` bytes; else 416.
+pub fn check_write(offset: u64, length: u64, ticket: u64, image: u64) -> Result<(), Refusal> {
+    let end = u128::from(offset) + u128::from(length);
+    if end > ticket.into() {
+        return Err(Refusal::unsatisfiable(ticket, "Requested range out of allowed range"));
     }
-    let natural = |key| object.get(key).is_none_or(serde_json::Value::is_u64);
-    if !natural("size") || !natural("offset") {
-        return Err(Refusal::bad_request("Integer required, 0 or more, for \"size\" and \"offset\""));
-    }
-    if !object.get("flush").is_none_or(serde_json::Value::is_boolean) {
-        return Err(Refusal::bad_request("Boolean required for \"flush\""));
+    // imageio writes as far as there is an image, and fails
+    if end > image.into() {
+        let available = ticket.min(image);
+        let message = format!("Requested more bytes than available: {end} > {available}");
+        return Err(Refusal::unsatisfiable(available, &message));
     }
     Ok(())
 }
@@ -165,7 +199,7 @@ pub struct Options<'a> {
     /// Connections that a client should open at most; more are served too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_readers: Option<u32>,
-    /// The same for writing. Always 1: clients expect the key, tickets here only read.
+    /// The same for writing. 1 where the ticket only reads: clients expect the key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_writers: Option<u32>,
     /// Bytes of the disk. Ours; clients ignore what they do not know.
@@ -281,7 +315,7 @@ mod tests {
 
         #[test]
         fn any_text_parses_without_panic(bytes: Vec<u8>, text: String) {
-            let _ = (Range::parse(&bytes), content_range(&bytes), check_patch(&bytes));
+            let _ = (Range::parse(&bytes), content_range(&bytes), Patch::parse(&bytes));
             let _ = query_value(Some(&text), "a");
         }
     }
@@ -325,6 +359,22 @@ mod tests {
     }
 
     #[test]
+    fn writes_stay_within_ticket_and_image() {
+        let refused = |offset, length, ticket, image| {
+            let refusal = check_write(offset, length, ticket, image).unwrap_err();
+            (refusal.status.as_u16(), refusal.size.unwrap())
+        };
+        for (offset, length) in [(0, 0), (0, 90), (90, 0), (89, 1)] {
+            assert_eq!(check_write(offset, length, 100, 90), Ok(()));
+            assert_eq!(check_write(offset, length, 90, 100), Ok(()));
+        }
+        assert_eq!(refused(90, 1, 100, 90), (416, 90));
+        assert_eq!(refused(100, 1, 100, 90), (416, 100));
+        assert_eq!(refused(101, 0, 100, 90), (416, 100));
+        assert_eq!(refused(u64::MAX, u64::MAX, 100, 90), (416, 100));
+    }
+
+    #[test]
     fn content_ranges_that_lie_are_refused() {
         for text in ["bytes */10", "bytes 5-4/*", "bytes 0-9/9", "0-9/*", "bytes 0-9", "bytes a-9/*"] {
             assert_eq!(content_range(text.as_bytes()).unwrap_err().status.as_u16(), 400, "{text}");
@@ -344,12 +394,13 @@ mod tests {
 
     #[test]
     fn patches_are_checked() {
-        for good in [
-            r#"{"op":"flush"}"#,
-            r#"{"op":"zero","size":0}"#,
-            r#"{"op":"zero","size":1,"offset":2,"flush":true}"#,
+        let zero = |size, offset, flush| Patch::Zero { offset, size, flush };
+        for (text, patch) in [
+            (r#"{"op":"flush","size":"x"}"#, Patch::Flush),
+            (r#"{"op":"zero","size":0}"#, zero(0, 0, false)),
+            (r#"{"op":"zero","size":1,"offset":2,"flush":true}"#, zero(1, 2, true)),
         ] {
-            assert_eq!(check_patch(good.as_bytes()), Ok(()), "{good}");
+            assert_eq!(Patch::parse(text.as_bytes()), Ok(patch), "{text}");
         }
         for bad in [
             "",
@@ -363,7 +414,7 @@ mod tests {
             r#"{"op":"zero","size":1,"offset":1.5}"#,
             r#"{"op":"zero","size":1,"flush":1}"#,
         ] {
-            assert_eq!(check_patch(bad.as_bytes()).unwrap_err().status.as_u16(), 400, "{bad}");
+            assert_eq!(Patch::parse(bad.as_bytes()).unwrap_err().status.as_u16(), 400, "{bad}");
         }
     }
 

@@ -10,7 +10,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
-use virtmark::imageio::{Coverage, End, SharedCoverage, Ticket, TicketId, tls};
+use virtmark::imageio::{Access, Coverage, End, SharedCoverage, Ticket, TicketId, tls};
 
 use crate::exchange::Endpoint;
 use crate::image_server_rig::{Server, python};
@@ -121,6 +121,7 @@ pub(crate) fn ours(world: &World) -> Running {
             transfer: permit.transfer_id.clone(),
             backup: "b1".to_owned(),
             disk: "vda".to_owned(),
+            access: Access::Read,
             size: permit.size,
             export: permit.export.clone(),
             dirty: permit.dirty,

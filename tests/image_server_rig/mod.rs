@@ -8,7 +8,9 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
-use virtmark::imageio::{Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets, tls};
+use virtmark::imageio::{
+    Access, Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets, tls,
+};
 use virtmark::nbd::Export;
 
 /// A server; stops when dropped.
@@ -50,8 +52,19 @@ impl Server {
         Server { tickets, socket, ca, port, tls, _stop: stop.drop_guard() }
     }
 
-    /// A ticket for a disk of `size` bytes; its id, and the disk's coverage.
+    /// A ticket to read a disk of `size` bytes; its id, and the disk's coverage.
     pub(crate) fn ticket(&self, transfer: &str, export: &Export, size: u64) -> (String, Arc<SharedCoverage>) {
+        self.permit(transfer, export, size, Access::Read)
+    }
+
+    /// A ticket for what `access` says.
+    pub(crate) fn permit(
+        &self,
+        transfer: &str,
+        export: &Export,
+        size: u64,
+        access: Access,
+    ) -> (String, Arc<SharedCoverage>) {
         let id = TicketId::random().unwrap();
         let coverage = SharedCoverage::new(Coverage::new(size));
         let ticket = Ticket {
@@ -59,6 +72,7 @@ impl Server {
             transfer: transfer.to_owned(),
             backup: "b1".to_owned(),
             disk: "vda".to_owned(),
+            access,
             size,
             export: export.clone(),
             dirty: export.bitmap.is_some(),
@@ -198,6 +212,24 @@ url, target, ca, incremental, backing = sys.argv[1:]
 client.download(url, target, ca, fmt='qcow2', max_workers=4, incremental=incremental == 'y',
                 backing_file=backing or None, backing_format='qcow2' if backing else None)
 ";
+
+const UPLOAD: &str = "
+import sys
+from ovirt_imageio import client
+url, source, ca, workers = sys.argv[1:]
+client.upload(source, url, ca, max_workers=int(workers))
+";
+
+/// Uploads an image of any format with the stock client, over so many connections.
+pub(crate) async fn stock_upload(url: String, source: &Path, ca: &Path, workers: u32) {
+    let path = super::nbd_qemu_rig::path;
+    let arguments = ["-c", UPLOAD, &url, path(source), path(ca), &workers.to_string()].map(str::to_owned);
+    let client = tokio::task::spawn_blocking(move || {
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        super::nbd_qemu_rig::run(super::nbd_qemu_rig::path(&python()), &arguments);
+    });
+    client.await.unwrap();
+}
 
 /// Downloads with the stock client into a new qcow2, as an incremental onto `backing` when there is one.
 pub(crate) async fn stock_download(url: String, target: &Path, ca: &Path, backing: Option<&Path>) {

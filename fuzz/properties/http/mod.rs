@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::runtime::Runtime;
-use virtmark::imageio::{Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets};
+use virtmark::imageio::{Access, Config, Coverage, ImageServer, SharedCoverage, Ticket, TicketId, Tickets};
 use virtmark::nbd::Export;
 
 /// The ticket that the seeds use.
@@ -74,6 +74,7 @@ impl World {
             transfer: "transfer".to_owned(),
             backup: "backup".to_owned(),
             disk: "vda".to_owned(),
+            access: Access::Read,
             size: SIZE,
             export: self.export.clone(),
             dirty: true,

@@ -18,7 +18,7 @@ use crate::agent::state::Record;
 use crate::agent::{AgentError, Context};
 use crate::api::{self, ImageTransfer, NbdExport, Phase, Protocol};
 use crate::cluster;
-use crate::imageio::{End, Ticket, TicketId};
+use crate::imageio::{Access, End, Ticket, TicketId};
 use crate::killpoint;
 use crate::reason::{Because, Reason};
 use crate::step::Step;
@@ -84,6 +84,7 @@ pub(super) async fn open(
                 transfer: uid.to_owned(),
                 backup: record.uid.clone(),
                 disk: disk.clone(),
+                access: Access::Read,
                 size: planned.size,
                 export,
                 dirty: planned.incremental,

@@ -1,0 +1,236 @@
+//! The operations that write: PUT streams a request's body into the NBD server, PATCH makes zeroes and flushes.
+//!
+//! ```text
+//! ticket (403) -> storage (500) -> range (416) -> the body, a frame at a time -> all is answered for --flush--> 200
+//! ```
+//!
+//! A body that ends early is written as far as it came, as imageio does. What an NBD connection took and did not flush may
+//! be lost with it, so that one that broke is told to the client, and never replaced in silence. An operation that is cut
+//! ends when nothing of it can reach the disk any more: whoever waits for the end of operations sees the last of its bytes.
+//!
+//! Of a body, one frame is held besides what the NBD writer holds. It never reads an image.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+
+use hyper::StatusCode;
+use hyper::body::{Body as _, Incoming};
+use hyper::{Response, http::response};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::body::{Answer, chain};
+use super::connection::Connection;
+use super::route::Put;
+use super::service::{Failure, Service, built, open};
+use super::ticket::{Access, Ticket};
+use super::tickets::{Operation, Slot};
+use super::wire::{self, Patch, Refusal};
+use crate::nbd::writer::ZERO_REQUEST;
+use crate::nbd::{NbdError, Writer, ZeroMode};
+
+/// What is done, as logs name it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Write,
+    Zero,
+    Flush,
+}
+
+/// Why a body was not written to its end.
+enum Broken {
+    /// The client's side: it sent less than it said.
+    Body,
+    Storage(NbdError),
+}
+
+impl From<NbdError> for Broken {
+    fn from(error: NbdError) -> Broken {
+        Broken::Storage(error)
+    }
+}
+
+impl Service {
+    /// Writes a request's body; 200 when the storage has answered for all of it.
+    pub(super) async fn put(
+        &self,
+        id: &str,
+        put: Put,
+        body: &mut Incoming,
+    ) -> Result<Response<Answer>, Failure> {
+        let mut writing = self.begin_writing(Kind::Write, id, Some((put.offset, put.length))).await?;
+        let written = match writing.stream(body).await {
+            Ok(()) if writing.at - put.offset < put.length => Err(Broken::Body),
+            written => written,
+        };
+        let done = writing.at - put.offset;
+        let stored = match &written {
+            Ok(()) => writing.finish(put.flush).await,
+            Err(Broken::Body) => writing.finish(false).await,
+            Err(Broken::Storage(_)) => Ok(()),
+        };
+        match written.and(stored.map_err(Broken::from)) {
+            Ok(()) => Ok(done_well()),
+            Err(Broken::Body) => {
+                let message = format!("Requested {} bytes, available {done} bytes", put.length);
+                Err(Refusal::bad_request(message).into())
+            }
+            Err(Broken::Storage(error)) => Err(failed(&writing.ticket, Kind::Write, &error)),
+        }
+    }
+
+    /// Does what a PATCH asks for; 200 when the storage has answered for all of it.
+    pub(super) async fn patch(&self, id: &str, patch: Patch) -> Result<Response<Answer>, Failure> {
+        let (kind, range, flush) = match patch {
+            Patch::Zero { offset, size, flush } => (Kind::Zero, Some((offset, size)), flush),
+            Patch::Flush => (Kind::Flush, None, true),
+        };
+        let mut writing = self.begin_writing(kind, id, range).await?;
+        let done = async {
+            writing.zero(range.map_or(0, |(_, size)| size)).await?;
+            writing.finish(flush).await
+        };
+        done.await.map_err(|error| failed(&writing.ticket, kind, &error))?;
+        if kind == Kind::Flush {
+            let Ticket { backup, transfer, disk, .. } = &*writing.ticket;
+            info!(backup, transfer, disk, "FLUSH");
+        }
+        Ok(done_well())
+    }
+
+    /// Asks the ticket, then the storage, then whether there is such a range (offset and length) in both.
+    async fn begin_writing(
+        &self,
+        kind: Kind,
+        id: &str,
+        range: Option<(u64, u64)>,
+    ) -> Result<Writing, Failure> {
+        let begun = Instant::now();
+        let operation = self.begin(id)?;
+        let ticket = Arc::clone(&operation.ticket);
+        let Access::Write { sparse } = ticket.access else {
+            let why = format!("Transfer={} forbids write", ticket.transfer);
+            return Err(Failure::Denied(Refusal::forbidden(&why)));
+        };
+        let slot = self.connection.slot(&self.tickets, &ticket.transfer);
+        let opened = open(slot.take(), &ticket).await;
+        let client = opened.map_err(|error| failed(&ticket, kind, &error))?;
+        let refused =
+            range.map(|(offset, length)| wire::check_write(offset, length, ticket.size, client.size()));
+        if let Some(Err(refusal)) = refused {
+            slot.keep(client);
+            return Err(refusal.into());
+        }
+        let writer = client.writer().map_err(|error| failed(&ticket, kind, &error))?;
+        let at = range.map_or(0, |(offset, _)| offset);
+        let mode = if sparse { ZeroMode::Punch } else { ZeroMode::Allocate };
+        let work = Some((writer, operation));
+        let connection = Arc::clone(&self.connection);
+        Ok(Writing { kind, begun, connection, ticket, work, slot, mode, start: at, at, marked: at })
+    }
+}
+
+/// An operation that writes, from its first byte on in order.
+struct Writing {
+    kind: Kind,
+    begun: Instant,
+    connection: Arc<Connection>,
+    ticket: Arc<Ticket>,
+    /// Gone when it is done.
+    work: Option<(Writer, Operation)>,
+    slot: Arc<Slot>,
+    mode: ZeroMode,
+    start: u64,
+    /// What is before was given to the writer.
+    at: u64,
+    /// What is before counts as transferred.
+    marked: u64,
+}
+
+impl Writing {
+    async fn stream(&mut self, body: &mut Incoming) -> Result<(), Broken> {
+        loop {
+            let Some((writer, _)) = &mut self.work else { return Ok(()) };
+            // the storage's answers are taken while the client is waited for
+            let frame = poll_fn(|cx| match writer.poll_progress(cx) {
+                Err(error) => Poll::Ready(Some(Err(Broken::Storage(error)))),
+                Ok(()) => Pin::new(&mut *body)
+                    .poll_frame(cx)
+                    .map(|frame| frame.map(|frame| frame.map_err(|_| Broken::Body))),
+            });
+            let Some(frame) = frame.await else { return Ok(()) };
+            // trailers are nobody's bytes
+            let Ok(data) = frame?.into_data() else { continue };
+            writer.write(self.at, &data).await?;
+            self.at += data.len() as u64;
+            self.mark();
+        }
+    }
+
+    async fn zero(&mut self, size: u64) -> Result<(), NbdError> {
+        let end = self.at + size;
+        while self.at < end {
+            let Some((writer, _)) = &mut self.work else { return Ok(()) };
+            let step = (end - self.at).min(ZERO_REQUEST);
+            writer.zero(self.at, step, self.mode).await?;
+            self.at += step;
+            self.mark();
+        }
+        Ok(())
+    }
+
+    /// Waits until the storage has answered for all, and ends the operation when its answer is in the kernel.
+    async fn finish(&mut self, flush: bool) -> Result<(), NbdError> {
+        if let Some((writer, _)) = &mut self.work {
+            if flush { writer.flush().await? } else { writer.drain().await? }
+        }
+        self.mark();
+        if let Some((writer, operation)) = self.work.take() {
+            self.slot.keep(writer.finish().await?);
+            self.connection.finished(operation);
+        }
+        Ok(())
+    }
+
+    /// Bytes count as transferred when the storage has answered for them.
+    fn mark(&mut self) {
+        let Some((writer, operation)) = &self.work else { return };
+        let answered = writer.unanswered_from().unwrap_or(self.at);
+        if answered > self.marked {
+            operation.coverage.mark(self.marked, answered);
+            self.marked = answered;
+        }
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        let mut journal = self.connection.journal();
+        let count = match self.kind {
+            Kind::Write => &mut journal.writes,
+            Kind::Zero => &mut journal.zeroes,
+            Kind::Flush => &mut journal.flushes,
+        };
+        count.add(self.at - self.start, self.begun.elapsed());
+        drop(journal);
+        let Some((writer, operation)) = self.work.take() else { return };
+        // without a runtime the process is on its way out
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        runtime.spawn(async move {
+            writer.abandon().await;
+            drop(operation);
+        });
+    }
+}
+
+fn done_well() -> Response<Answer> {
+    built(response::Builder::new().status(StatusCode::OK), Answer::Text(None))
+}
+
+fn failed(ticket: &Ticket, kind: Kind, error: &NbdError) -> Failure {
+    let Ticket { backup, transfer, disk, .. } = ticket;
+    warn!(backup, transfer, disk, ?kind, error = %chain(error), "nothing more is written");
+    Refusal::internal().into()
+}

@@ -135,7 +135,7 @@ fn requests() -> impl Strategy<Value = Made> {
 fn ticket() -> impl Strategy<Value = String> {
     let named = [
         "disk", "disk", "disk", "full", "named", "small", "large", "empty", "raw", "nobitmap", "dead",
-        "canceled", "removed", "expired", "unknown",
+        "canceled", "removed", "expired", "unknown", "writable", "writable", "part", "more", "both",
     ];
     prop_oneof![12 => select(named.to_vec()).prop_map(|name| format!("{{{name}}}")), 1 => "[0-9a-f-]{1,36}"]
 }

@@ -1,4 +1,4 @@
-//! Differential conformance of the read half: every request goes to the stock ovirt-imageio daemon and to our image
+//! Differential conformance: every request goes to the stock ovirt-imageio daemon and to our image
 //! server, before the same disks and with the same tickets, over TLS and over the unix socket. What they answer has to
 //! be equal, save the differences listed in `differences.yaml` and docs/conformance.md. See README.md beside this.
 #![allow(clippy::unwrap_used, reason = "tests")]
@@ -13,6 +13,7 @@ mod image_server_rig;
 mod nbd_qemu_rig;
 mod servers;
 mod suite;
+mod twins;
 mod world;
 
 use std::collections::BTreeSet;

@@ -115,13 +115,15 @@ pub(crate) fn ours(world: &World) -> Running {
     std::fs::create_dir_all(&directory).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let server = runtime.block_on(Server::start(&directory));
-    for permit in &world.permits {
+    for permit in &world.others {
+        let writes = permit.ops.contains(&"write");
+        let access = if writes { Access::Write { sparse: permit.sparse } } else { Access::Read };
         let ticket = Ticket {
+            access,
             id: TicketId::parse(&permit.uuid).unwrap(),
             transfer: permit.transfer_id.clone(),
             backup: "b1".to_owned(),
             disk: "vda".to_owned(),
-            access: Access::Read,
             size: permit.size,
             export: permit.export.clone(),
             dirty: permit.dirty,
@@ -131,7 +133,8 @@ pub(crate) fn ours(world: &World) -> Running {
         match permit.state {
             State::Valid => {}
             State::Canceled => server.tickets.end(&permit.transfer_id, End::Canceled),
-            State::Removed | State::Expired => server.tickets.end(&permit.transfer_id, End::Removed),
+            State::Removed => server.tickets.end(&permit.transfer_id, End::Removed),
+            State::Expired => server.tickets.end(&permit.transfer_id, End::Paused),
         }
     }
     let endpoint = Endpoint {
@@ -154,7 +157,7 @@ struct Told {
 /// JSON where it serves, and serves until its standard input ends.
 pub(crate) fn vendor(program: &str, world: &World) -> Running {
     let tickets = world.directory.path().join("tickets.json");
-    std::fs::write(&tickets, serde_json::to_vec_pretty(&world.permits).unwrap()).unwrap();
+    std::fs::write(&tickets, serde_json::to_vec_pretty(&world.others).unwrap()).unwrap();
     let mut child = Command::new("sh")
         .args(["-c", &format!("exec {program} \"$0\""), path(&tickets)])
         .stdin(Stdio::piped())

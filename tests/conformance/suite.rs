@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use crate::case::{Names, Request, folder};
 use crate::compare::{Difference, Rules, differences};
@@ -23,6 +24,8 @@ pub(crate) struct Suite {
     other: (Running, Names),
     vendor: bool,
     world: World,
+    /// Held by who writes to the disks, until they were compared.
+    writing: Mutex<()>,
 }
 
 impl Suite {
@@ -57,7 +60,14 @@ impl Suite {
         };
         let (stock_names, other_names) = (named(&stock), named(&other));
         let vendor = program.is_some();
-        Suite { rules, stock: (stock, stock_names), other: (other, other_names), vendor, world }
+        Suite {
+            rules,
+            stock: (stock, stock_names),
+            other: (other, other_names),
+            vendor,
+            world,
+            writing: Mutex::default(),
+        }
     }
 
     /// The other server is ours.
@@ -83,9 +93,21 @@ impl Suite {
     ) -> Compared {
         let requests: Vec<_> = requests.iter().map(|request| request.bytes(&self.world.names)).collect();
         let script = Script { requests, pipelined, end };
+        let writes = script.requests.iter().any(|request| self.world.writes(request));
+        let alone = writes.then(|| self.writing.lock().unwrap_or_else(PoisonError::into_inner));
+        if writes {
+            self.world.twins.reset();
+        }
         let stock = play(&self.stock.0.endpoint, transport, &script);
         let other = play(&self.other.0.endpoint, transport, &script);
-        let found = differences((&stock, &self.stock.1), (&other, &self.other.1));
+        let mut found = differences((&stock, &self.stock.1), (&other, &self.other.1));
+        if writes {
+            let [stock, other] = self.world.twins.summaries();
+            let answer = script.requests.len();
+            let disks = Difference { answer, aspect: "disk".to_owned(), stock, other };
+            found.extend((disks.stock != disks.other).then_some(disks));
+        }
+        drop(alone);
         let text: String = script.requests.concat().iter().map(|byte| char::from(*byte)).collect();
         let request = self.world.names.hide(&text);
         let (unexplained, used) = self.rules.explain(&request, transport, named, &found);

@@ -9,6 +9,7 @@ use virtmark::nbd::Export;
 
 use crate::case::Names;
 use crate::nbd_qemu_rig::{QemuNbd, path, run, write};
+use crate::twins::{self, Twins};
 
 /// Bytes of the disk: no whole number of clusters.
 pub(crate) const SIZE: u64 = (6 << 20) + 512;
@@ -37,7 +38,9 @@ pub(crate) struct Permit {
     pub(crate) transfer_id: String,
     pub(crate) size: u64,
     pub(crate) url: String,
-    pub(crate) ops: [&'static str; 1],
+    pub(crate) ops: &'static [&'static str],
+    /// What is made zero may become a hole.
+    pub(crate) sparse: bool,
     pub(crate) dirty: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) filename: Option<&'static str>,
@@ -51,7 +54,11 @@ pub(crate) struct Permit {
 
 /// Disks, their NBD servers and the tickets; all gone with it.
 pub(crate) struct World {
+    /// The stock daemon's.
     pub(crate) permits: Vec<Permit>,
+    /// The other server's: those that write do so to a disk of its own.
+    pub(crate) others: Vec<Permit>,
+    pub(crate) twins: Twins,
     pub(crate) names: Names,
     _servers: [QemuNbd; 2],
     pub(crate) directory: TempDir,
@@ -74,7 +81,7 @@ impl World {
             changed_from: None,
         };
         let dead = directory.path().join("nobody.sock");
-        let permits = vec![
+        let mut permits = vec![
             Permit::new("disk", SIZE, disk(Some("b0"))),
             Permit { dirty: false, ..Permit::new("full", SIZE, disk(None)) },
             Permit { filename: Some("db 01 größe.raw"), ..Permit::new("named", SIZE, disk(None)) },
@@ -88,37 +95,67 @@ impl World {
             Permit { state: State::Removed, ..Permit::new("removed", SIZE, disk(None)) },
             Permit { state: State::Expired, ..Permit::new("expired", SIZE, disk(None)) },
         ];
+        let twins = Twins::make(directory.path());
+        let (mine, theirs) = (permits.len(), twins.exports());
+        let written = |name, size| Permit { ops: &["write"], ..Permit::new(name, size, theirs[0].clone()) };
+        permits.extend([
+            written("writable", twins::SIZE),
+            Permit { sparse: true, ..written("sparse", twins::SIZE) },
+            Permit { ops: &["read", "write"], ..written("both", twins::SIZE) },
+            written("part", 4096),
+            written("more", twins::SIZE + 4096),
+            written("locked", 1 << 20).at(other(&raw.socket)),
+            written("lost", SIZE).at(other(&dead)),
+        ]);
+        let mut others = permits.clone();
+        for permit in others[mine..].iter_mut().filter(|permit| permit.export == theirs[0]) {
+            *permit = permit.clone().at(theirs[1].clone());
+        }
         let mut names: std::collections::BTreeMap<String, String> =
             permits.iter().map(|permit| (permit.transfer_id.clone(), permit.uuid.clone())).collect();
         names.insert("unknown".to_owned(), TicketId::random().unwrap().expose());
         names.insert("DISK".to_owned(), names["disk"].to_uppercase());
-        let numbers = [("", SIZE), ("small.", SMALL), ("large.", LARGE)];
+        let numbers = [("", SIZE), ("small.", SMALL), ("large.", LARGE), ("writable.", twins::SIZE)];
         for (of, size) in numbers {
             names.insert(format!("{of}size"), size.to_string());
             names.insert(format!("{of}last"), (size - 1).to_string());
             names.insert(format!("{of}past"), (size + 1).to_string());
         }
-        World { permits, names: Names(names), _servers: [chain, raw], directory }
+        World { permits, others, twins, names: Names(names), _servers: [chain, raw], directory }
+    }
+
+    /// Whether a request with this text may write to a disk.
+    pub(crate) fn writes(&self, request: &[u8]) -> bool {
+        let text = String::from_utf8_lossy(request);
+        self.permits.iter().any(|permit| permit.ops.contains(&"write") && text.contains(&permit.uuid))
     }
 }
 
 impl Permit {
     fn new(transfer: &str, size: u64, export: Export) -> Permit {
-        let name =
-            if export.name.is_empty() { String::new() } else { format!(":exportname={}", export.name) };
         Permit {
             uuid: TicketId::random().unwrap().expose(),
             transfer_id: transfer.to_owned(),
             size,
-            url: format!("nbd:unix:{}{name}", path(&export.socket)),
-            ops: ["read"],
+            url: String::new(),
+            ops: &["read"],
+            sparse: false,
             dirty: export.bitmap.is_some(),
             filename: None,
             timeout: 3600,
             inactivity_timeout: 3600,
             state: State::Valid,
-            export,
+            export: export.clone(),
         }
+        .at(export)
+    }
+
+    /// The same for another export.
+    fn at(self, export: Export) -> Permit {
+        let name =
+            if export.name.is_empty() { String::new() } else { format!(":exportname={}", export.name) };
+        let url = format!("nbd:unix:{}{name}", path(&export.socket));
+        Permit { url, export, ..self }
     }
 }
 

@@ -38,12 +38,13 @@ pub struct StoredTicket {
 }
 
 impl StoredTicket {
-    /// Whether it permits no more than a disk of this backup, for this transfer.
+    /// Whether it permits no more than to read a disk of this backup, for this transfer.
     pub fn is_of(&self, transfer: &str, record: &Record, socket: &Path) -> bool {
-        let Ticket { export, disk, size, .. } = &self.ticket;
+        let Ticket { access, export, disk, size, .. } = &self.ticket;
         let planned = record.disks.iter().find(|planned| planned.target == *disk);
         self.ticket.transfer == transfer
             && self.ticket.backup == record.uid
+            && *access == Access::Read
             && planned.is_some_and(|planned| planned.size == *size)
             && (export.socket == socket && export.name == *disk)
     }

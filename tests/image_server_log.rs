@@ -6,12 +6,13 @@ mod image_server_rig;
 mod nbd_qemu_rig;
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use image_server_rig::{Server, stock_download};
-use nbd_qemu_rig::qcow2_with_bitmap;
-use virtmark::imageio::End;
+use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, run};
+use virtmark::imageio::{Access, End};
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -114,5 +115,54 @@ async fn each_step_is_logged_without_the_secret() {
     for count in ["requests=5", "refused=2", "read_ops=1", "read_bytes=1048576", "extents_ops=1"] {
         assert!(close.contains(count), "{close}");
     }
-    assert!(!log.text().contains(&id[..8]), "{}", log.text());
+    let writer = writes(&log, &server, directory.path()).await;
+    for id in [id, writer] {
+        assert!(!log.text().contains(&id[..8]), "{}", log.text());
+    }
+}
+
+/// Writes in every way, the last of them to a storage that is gone; the ticket's id.
+async fn writes(log: &Log, server: &Server, directory: &Path) -> String {
+    let image = directory.join("target.raw");
+    run("qemu-img", &["create", "-q", "-f", "raw", path(&image), "1M"]);
+    let nbd = QemuNbd::writable(directory, &["--format=raw", path(&image)]);
+    let (id, _) = server.permit("t2", &nbd.export(None), 1 << 20, Access::Write { sparse: true });
+    let ask = |line: &str, body: &str| {
+        format!("{line} HTTP/1.1\r\ncontent-length: {}\r\n\r\n{body}", body.len()).replace("ID", &id)
+    };
+    let mut raw = server.connect().await;
+    for (request, status) in [
+        (ask("PUT /images/ID?flush=n", "abc"), 200),
+        (ask("PATCH /images/ID", r#"{"op": "zero", "size": 4096}"#), 200),
+        (ask("PATCH /images/ID", r#"{"op": "flush"}"#), 200),
+        (ask("PATCH /images/ID", r#"{"op": "zero", "size": 9999999}"#), 416),
+    ] {
+        raw.send(&request).await;
+        assert_eq!(raw.response().await.unwrap().status, status, "{request}");
+    }
+    drop(raw);
+    let close = || log.lines(" CLOSE ").into_iter().find(|line| line.contains("transfer=\"t2\""));
+    let waited = async {
+        while close().is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), waited).await.expect("the writer to be logged as closed");
+    let close = close().unwrap();
+    println!("{close}");
+    for count in [
+        "requests=4",
+        "refused=1",
+        "write_ops=1",
+        "write_bytes=3",
+        "zero_ops=1",
+        "zero_bytes=4096",
+        "flush_ops=1",
+    ] {
+        assert!(close.contains(count), "{close}");
+    }
+    drop(nbd);
+    assert_eq!(server.ask(&ask("PUT /images/ID", "abc")).await.status, 500);
+    assert!(log.text().contains("nothing more is written"));
+    id
 }

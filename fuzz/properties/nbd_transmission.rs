@@ -201,7 +201,9 @@ impl Model {
     }
 
     fn simple(&mut self, error: u32, cookie: u64, rest: &[u8]) -> Option<Next> {
-        let (request, _) = self.in_flight.get(&cookie)?;
+        let (request, earlier) = self.in_flight.get(&cookie)?;
+        // what was said to have failed did, whatever is said after
+        let failed = Some(error).filter(|error| *error != 0).or(*earlier);
         let length = match request {
             _ if error != 0 => 0,
             Request::Read { have, .. } if !self.structured => have.len(),
@@ -210,7 +212,7 @@ impl Model {
         };
         let Some(data) = rest.get(..length) else { return Some(Next::Hungry) };
         self.in_flight.remove(&cookie);
-        self.told.push((cookie, if error == 0 { Ok(data.to_vec()) } else { Err(error) }));
+        self.told.push((cookie, failed.map_or_else(|| Ok(data.to_vec()), Err)));
         Some(Next::Go(length))
     }
 

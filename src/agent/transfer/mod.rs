@@ -59,37 +59,30 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         };
     };
     let record = live.record.lock().await;
-    let idle = || context.tickets.stats(&uid).map(|stats| stats.idle);
-    let is_used = || wish(&transfer, idle()) == Wish::Open;
-    let standing = match (&record.life.outcome, wish(&transfer, idle())) {
+    let wish = || wish(&transfer, context.tickets.stats(&uid).map(|stats| stats.idle));
+    let wanted = wish();
+    let standing = match (&record.life.outcome, wanted.clone()) {
         (Some(outcome), _) => after(outcome),
         (None, Wish::End(Phase::Cancelled, because)) => Standing::Ended(Phase::Cancelled, because),
         (None, _) if !record.life.is_serving() => Standing::Waiting("the backup is not Ready yet"),
         (None, Wish::End(phase, because)) => Standing::Ended(phase, because),
-        (None, Wish::Pause(because)) => {
-            // in the newer one somebody may say that it goes on, or somebody used it meanwhile
-            if old.phase != Phase::Paused
-                && (!cluster::is_newest(&api(&transfer, &context), &*transfer).await? || is_used())
-            {
-                return Ok(Requeue::requeue(SOON));
-            }
-            pause(&uid, &record, &context)?;
-            Standing::Paused(because)
-        }
+        (None, Wish::Pause(because)) => Standing::Paused(because),
         (None, Wish::Open) => open(&transfer, &uid, &live, &record, &context).await?,
     };
     let ends = matches!(standing, Standing::Ended(..));
-    if ends {
-        if record.life.outcome.is_none() && !cluster::is_newest(&api(&transfer, &context), &*transfer).await?
-        {
-            // what was finalized may be cancelled in the newer one, which is on its way here
-            return Ok(Requeue::requeue(SOON));
-        }
-        if is_unused(&standing) && is_used() {
-            // somebody used it meanwhile
-            return Ok(Requeue::requeue(SOON));
-        }
-        end(&transfer, &uid, &live, &record, &standing, &context).await?;
+    let closes = match &standing {
+        Standing::Ended(..) => record.life.outcome.is_none(),
+        Standing::Paused(_) => old.phase != Phase::Paused,
+        Standing::Waiting(_) | Standing::Open { .. } => false,
+    };
+    // in the newer one, which is on its way here, something else may be wanted; or somebody used it meanwhile
+    if closes && (!cluster::is_newest(&api(&transfer, &context), &*transfer).await? || wish() != wanted) {
+        return Ok(Requeue::requeue(SOON));
+    }
+    match &standing {
+        Standing::Ended(..) => end(&transfer, &uid, &live, &record, &standing, &context).await?,
+        Standing::Paused(_) => pause(&uid, &record, &context)?,
+        Standing::Waiting(_) | Standing::Open { .. } => {}
     }
     let observed = observe(&transfer, standing, Some(&live), Some(&record), &context);
     drop(record);
@@ -98,10 +91,6 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
         context.wake_backup(&backup_uid);
     }
     requeue
-}
-
-fn is_unused(standing: &Standing) -> bool {
-    matches!(standing, Standing::Ended(_, because) if because.reason == Reason::TransferInactive)
 }
 
 fn api(transfer: &ImageTransfer, context: &Context) -> Api<ImageTransfer> {

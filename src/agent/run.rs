@@ -334,8 +334,7 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
             context.registry.claim(&uid, &live);
         }
         let socket = state.socket_of(&uid)?;
-        let ours = tickets.into_iter().filter(|(transfer, stored)| stored.is_of(transfer, &record, &socket));
-        for (_, stored) in ours.filter(|_| serving) {
+        for stored in transfer::believed(tickets, &record, &socket).filter(|_| serving) {
             let disk = stored.ticket.disk.clone();
             live.require(&disk, stored.required);
             live.ticketed(&stored.ticket.transfer);

@@ -150,7 +150,7 @@ impl Rig {
         Ok(ready(&status)["message"].as_str().unwrap_or_default().to_owned())
     }
 
-    fn until(
+    pub fn until(
         &self,
         kind: &str,
         name: &str,

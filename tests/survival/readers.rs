@@ -134,6 +134,36 @@ fn an_agent_that_is_told_to_stop_answers_to_the_end_and_its_successor_knows() ->
     rig.host_is_clean()
 }
 
+#[test]
+fn a_stored_ticket_that_permits_more_is_not_believed() -> Result<()> {
+    let _alone = super::alone();
+    let mut rig = Rig::running_on(1, "forged", small())?;
+    rig.vm.write("vda", 0, MIB, 0x11)?;
+    rig.backup("forged-1", json!({}))?;
+    let before = rig.ticket("forged-1-vda")?;
+    rig.bed.agents[1].kill();
+    let state = rig.vm.hypervisor().dir.join("agent/state");
+    let found = Command::new("find").arg(&state).args(["-name", "ticket-*.json"]).output()?;
+    let found = String::from_utf8(found.stdout)?;
+    let file = Path::new(found.trim());
+    let mut stored: serde_json::Value = serde_json::from_slice(&fs::read(file)?)?;
+    ensure!(stored["ticket"]["access"] == "Read", "the ticket is elsewhere: {found}");
+    stored["ticket"]["access"] = json!({"Write": {"sparse": false}});
+    fs::write(file, serde_json::to_vec(&stored)?)?;
+
+    rig.bed.agents[1].restart(&[])?;
+    rig.bed.store()?;
+    let made = |status: &serde_json::Value| Ok(status["ticketSecret"] != before.secret.as_str());
+    rig.until("imagetransfer", "forged-1-vda", "have another ticket", made)?;
+    ensure!(before.curl(&[])? == "403", "the ticket that was changed answers");
+    let put = ["-X", "PUT", "-d", "x"];
+    ensure!(rig.ticket("forged-1-vda")?.curl(&put)? == "403", "the new one permits to write");
+    ensure!(rig.ticket("forged-1-vda")?.curl(&[])? == "200");
+    rig.state("vmbackup", "forged-1", "Finalized")?;
+    rig.phase("vmbackup", "forged-1", "Succeeded")?;
+    rig.host_is_clean()
+}
+
 /// curl of a whole disk at 16 MiB a second.
 fn start(ticket: &Ticket, image: &Path) -> Result<std::process::Child> {
     let mut curl = Command::new("curl");

@@ -14,7 +14,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
 use self::status::{Observed, PROGRESS_SECONDS, Standing};
-pub use self::ticket::StoredTicket;
+pub use self::ticket::{StoredTicket, believed};
 use self::ticket::{open, pause};
 use self::wish::{Wish, wish};
 use super::backup::life::Outcome;

@@ -50,6 +50,24 @@ impl StoredTicket {
     }
 }
 
+/// Those of a backup's stored tickets that are believed, see [`StoredTicket::is_of`]. Pure.
+pub fn believed<'a>(
+    stored: Vec<(String, StoredTicket)>,
+    record: &'a Record,
+    socket: &'a Path,
+) -> impl Iterator<Item = StoredTicket> + 'a {
+    let ours = stored.into_iter().filter(move |(transfer, stored)| stored.is_of(transfer, record, socket));
+    ours.map(|(_, stored)| stored)
+}
+
+/// The stored ticket of a transfer.
+fn kept(uid: &str, record: &Record, context: &Context) -> Result<Option<StoredTicket>, AgentError> {
+    let state = &context.host.state;
+    let socket = state.socket_of(&record.uid)?;
+    let stored = state.tickets(&record.uid)?;
+    Ok(believed(stored, record, &socket).find(|stored| stored.ticket.transfer == uid))
+}
+
 /// Opens the way to the bytes; what is open already stays as it is.
 pub(super) async fn open(
     transfer: &ImageTransfer,
@@ -73,9 +91,8 @@ pub(super) async fn open(
         };
         return Ok(Standing::Open { secret: None, nbd: Some(nbd) });
     }
-    let stored = context.host.state.tickets::<StoredTicket>(&record.uid)?;
     let coverage = context.coverage(live, record, disk);
-    let kept = stored.into_iter().find(|(transfer, _)| transfer == uid).map(|(_, ticket)| ticket);
+    let kept = kept(uid, record, context)?;
     let is_new = kept.is_none();
     let mut ticket = match kept {
         Some(kept) => kept,
@@ -138,10 +155,8 @@ pub(super) fn pause(uid: &str, record: &Record, context: &Context) -> Result<(),
     if context.tickets.is_valid(uid) {
         context.tickets.end(uid, End::Paused);
     }
-    let stored = context.host.state.tickets::<StoredTicket>(&record.uid)?;
-    let open = stored.into_iter().find(|(transfer, stored)| transfer == uid && !stored.paused);
-    if let Some((_, stored)) = open {
-        let paused = StoredTicket { paused: true, ..stored };
+    if let Some(open) = kept(uid, record, context)?.filter(|stored| !stored.paused) {
+        let paused = StoredTicket { paused: true, ..open };
         context.host.state.store_ticket(&record.uid, uid, &paused)?;
     }
     Ok(())

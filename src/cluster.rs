@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::client::ClientBuilder;
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::object::HasStatus;
 use kube::runtime::controller::{Action as Requeue, Error as ControllerError};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -415,7 +416,7 @@ pub fn is_absent(error: &kube::Error) -> bool {
 /// # Errors
 /// When there is none.
 pub async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    Ok(Client::try_from(config(kubeconfig).await?)?)
+    Ok(Client::try_from(config(kubeconfig, None).await?)?)
 }
 
 /// The same, with every request counted in `metrics`.
@@ -423,17 +424,23 @@ pub async fn connect(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
 /// # Errors
 /// When there is none.
 pub async fn connect_counted(kubeconfig: Option<&Path>, metrics: &Arc<Metrics>) -> anyhow::Result<Client> {
-    let stack = ClientBuilder::try_from(config(kubeconfig).await?)?;
+    let stack = ClientBuilder::try_from(config(kubeconfig, None).await?)?;
     Ok(stack.with_layer(&Counting(Arc::clone(metrics))).build())
 }
 
-async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<kube::Config> {
-    Ok(match kubeconfig {
-        Some(path) => {
-            let file = kube::config::Kubeconfig::read_from(path)?;
-            kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?
+/// How to reach the API server that `kubeconfig` names, or the environment does, or the pod runs under; by a `context` of the
+/// kubeconfig, or its current one.
+///
+/// # Errors
+/// When none of them can be used.
+pub async fn config(kubeconfig: Option<&Path>, context: Option<&str>) -> anyhow::Result<kube::Config> {
+    let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
+    Ok(match (kubeconfig, context) {
+        (Some(path), _) => {
+            kube::Config::from_custom_kubeconfig(Kubeconfig::read_from(path)?, &options).await?
         }
-        None => kube::Config::infer().await?,
+        (None, Some(_)) => kube::Config::from_kubeconfig(&options).await?,
+        (None, None) => kube::Config::infer().await?,
     })
 }
 

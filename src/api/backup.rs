@@ -137,6 +137,13 @@ pub struct VmBackupSpec {
     pub ttl_seconds_after_finished: Option<i32>,
 }
 
+impl VmBackup {
+    /// Where it is; Initializing while nobody has looked at it.
+    pub fn phase(&self) -> Phase {
+        self.status.as_ref().map(|status| status.phase).unwrap_or_default()
+    }
+}
+
 fn start_deadline() -> i32 {
     3_600
 }

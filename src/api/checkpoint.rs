@@ -7,7 +7,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Phase, schema};
+use super::{Phase, conditions, schema};
 
 /// What the checkpoint is; immutable, so that a restored etcd loses nothing.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
@@ -92,6 +92,18 @@ pub struct CheckpointDisk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 265), regex(pattern = r"^[A-Za-z0-9_.:-]+$"))]
     pub mark: Option<String>,
+}
+
+impl VmCheckpoint {
+    /// Whether an incremental can start from it.
+    pub fn is_usable(&self) -> bool {
+        self.status.as_ref().is_some_and(|status| conditions::is_true(&status.conditions, conditions::USABLE))
+    }
+
+    /// Whether it can be a base: usable, and not about to go.
+    pub fn is_base(&self) -> bool {
+        self.is_usable() && self.metadata.deletion_timestamp.is_none()
+    }
 }
 
 impl VmCheckpointSpec {

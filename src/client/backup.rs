@@ -179,7 +179,7 @@ impl Session {
             return Ok(None);
         };
         let is_whole = !state.disks.is_empty() && state.disks.values().all(|disk| disk.complete);
-        let phase = found.status.as_ref().map(|status| status.phase).unwrap_or_default();
+        let phase = found.phase();
         let like_it = state.kind == wanted.kind && state.format == wanted.format;
         match phase {
             // one that somebody else finalized is not whole here, whatever it is there
@@ -210,7 +210,7 @@ impl Session {
         let read = async {
             // a predecessor may have come as far
             let found = crate::cluster::find(&self.cluster.of::<VmBackup>(), &backup).await?;
-            let phase = found.and_then(|found| found.status).map(|status| status.phase).unwrap_or_default();
+            let phase = found.as_ref().map(VmBackup::phase).unwrap_or_default();
             if matches!(phase, Phase::Finalizing | Phase::Succeeded) {
                 return unless(&self.stop, self.cluster.succeeded(&backup, END)).await;
             }
@@ -329,7 +329,7 @@ impl Session {
             let found = crate::cluster::find(&self.cluster.of::<VmBackup>(), &backup).await?;
             let ours = found.filter(|found| found.annotations().get(RUN) == partial.state.run.as_ref());
             let Some(found) = ours else { return Ok(()) };
-            if !found.status.as_ref().map(|status| status.phase).unwrap_or_default().is_terminal() {
+            if !found.phase().is_terminal() {
                 self.screen.say(format!("Cancelling {backup}"));
                 self.cluster.want(&backup, DesiredState::Cancelled).await?;
                 self.cluster.ended(&backup, END).await?;
@@ -354,7 +354,7 @@ impl Session {
     pub async fn stop(&self, backup: &str, state: DesiredState) -> Result<(), Failure> {
         let hint = "list the backups with kubectl get vmbk, or give -n NAMESPACE";
         let found: VmBackup = self.cluster.get(backup, hint).await?;
-        let phase = found.status.as_ref().map(|status| status.phase).unwrap_or_default();
+        let phase = found.phase();
         match (phase, state) {
             (Phase::Succeeded, DesiredState::Finalized) => return Ok(()),
             (phase, DesiredState::Cancelled) if phase.is_terminal() => return Ok(()),

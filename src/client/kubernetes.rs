@@ -9,15 +9,14 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Patch, PatchParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client, Config, Resource, ResourceExt as _};
+use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::exit::{Chain, Failure};
+use super::exit::Failure;
 use super::images::Ticket;
 use super::screen::Screen;
 use crate::api::{DesiredState, ImageTransfer, LibvirtDomain, Phase, VmBackup, VmCheckpoint, conditions};
@@ -46,19 +45,9 @@ impl Cluster {
         context: Option<&str>,
         namespace: Option<&str>,
     ) -> Result<Self, Failure> {
-        let options =
-            KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
-        let failed = |error: &dyn std::error::Error| {
-            Failure::Api(format!("no usable kubeconfig: {}; give --kubeconfig", Chain(error)))
-        };
-        let config = match (kubeconfig, context) {
-            (Some(path), _) => {
-                let file = Kubeconfig::read_from(path).map_err(|error| failed(&error))?;
-                Config::from_custom_kubeconfig(file, &options).await.map_err(|error| failed(&error))?
-            }
-            (None, Some(_)) => Config::from_kubeconfig(&options).await.map_err(|error| failed(&error))?,
-            (None, None) => Config::infer().await.map_err(|error| failed(&error))?,
-        };
+        let config = crate::cluster::config(kubeconfig, context)
+            .await
+            .map_err(|error| Failure::Api(format!("no usable kubeconfig: {error:#}; give --kubeconfig")))?;
         let namespace = namespace.map_or_else(|| config.default_namespace.clone(), str::to_owned);
         Ok(Self { client: Client::try_from(config)?, namespace })
     }
@@ -101,10 +90,7 @@ impl Cluster {
     /// The API server's.
     pub async fn usable(&self, name: &str) -> Result<Option<VmCheckpoint>, Failure> {
         let found = crate::cluster::find(&self.of::<VmCheckpoint>(), name).await?;
-        Ok(found.filter(|found| {
-            let told = found.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-            found.metadata.deletion_timestamp.is_none() && conditions::is_true(told, conditions::USABLE)
-        }))
+        Ok(found.filter(VmCheckpoint::is_base))
     }
 
     /// Makes an object.
@@ -212,7 +198,7 @@ impl Cluster {
     pub async fn succeeded(&self, backup: &str, bound: Duration) -> Result<VmBackup, Failure> {
         self.until::<VmBackup, _>(backup, bound, |object| {
             let object = present(object, backup)?;
-            match object.status.as_ref().map(|status| status.phase).unwrap_or_default() {
+            match object.phase() {
                 Phase::Succeeded => Ok(Some(object.clone())),
                 Phase::Failed | Phase::Cancelled => Err(refused(object)),
                 _ => Ok(None),
@@ -227,8 +213,7 @@ impl Cluster {
     /// When that takes too long.
     pub async fn ended(&self, backup: &str, bound: Duration) -> Result<(), Failure> {
         let ended = |object: Option<&VmBackup>| {
-            let phase = object.and_then(|object| object.status.as_ref()).map(|status| status.phase);
-            Ok((object.is_none() || phase.is_some_and(Phase::is_terminal)).then_some(()))
+            Ok(object.is_none_or(|object| object.phase().is_terminal()).then_some(()))
         };
         self.until(backup, bound, ended).await
     }
@@ -273,7 +258,7 @@ fn present<'a>(object: Option<&'a VmBackup>, name: &str) -> Result<&'a VmBackup,
 
 /// An error once the backup has ended, or is to end, otherwise than well.
 fn running(backup: &VmBackup) -> Result<(), Failure> {
-    let phase = backup.status.as_ref().map(|status| status.phase).unwrap_or_default();
+    let phase = backup.phase();
     let ends = phase.is_terminal() && phase != Phase::Succeeded;
     if ends || backup.metadata.deletion_timestamp.is_some() {
         return Err(refused(backup));

@@ -11,19 +11,6 @@ use kube::ResourceExt as _;
 
 use crate::api::{self, BaseRank, Phase, VmCheckpoint, conditions};
 
-/// Whether an incremental can start from it.
-pub fn is_usable(checkpoint: &VmCheckpoint) -> bool {
-    checkpoint
-        .status
-        .as_ref()
-        .is_some_and(|status| conditions::is_true(&status.conditions, conditions::USABLE))
-}
-
-/// Whether it can be a base: usable, and not about to go.
-pub fn is_base(checkpoint: &VmCheckpoint) -> bool {
-    is_usable(checkpoint) && checkpoint.metadata.deletion_timestamp.is_none()
-}
-
 /// Whether its backup ended well, or it was imported, whatever became of its bitmaps since.
 pub fn is_accepted(checkpoint: &VmCheckpoint) -> bool {
     // what waits to be imported says that it is not usable, and why
@@ -80,7 +67,7 @@ impl<'a> Chain<'a> {
 
     /// Where an incremental starts that names no checkpoint.
     pub fn next_base(&self) -> Option<&'a VmCheckpoint> {
-        self.0.iter().rev().copied().find(|point| is_base(point))
+        self.0.iter().rev().copied().find(|point| point.is_base())
     }
 
     /// When a checkpoint that is made `now` was made: never at or before the one that it follows, whatever the clocks of two
@@ -102,7 +89,7 @@ impl<'a> Chain<'a> {
         let older = &self.0[..at];
         let was = older.iter().find(|point| Some(point.name_any()) == checkpoint.spec.parent);
         let parent = was.or(older.last()).map(|point| point.name_any());
-        let base = is_base(checkpoint).then(|| {
+        let base = checkpoint.is_base().then(|| {
             let is_next = self.next_base().is_some_and(|next| next.name_any() == name);
             if is_next { BaseRank::Next } else { BaseRank::Older }
         });
@@ -126,7 +113,7 @@ impl<'a> Chain<'a> {
         }
         let mut others = self.0[..self.0.len() - 1].to_vec();
         // stable: the oldest of each kind first
-        others.sort_by_key(|point| is_usable(point));
+        others.sort_by_key(|point| point.is_usable());
         let over = self.0.len().saturating_sub(most);
         others.into_iter().take(over).filter(|point| !in_use(&point.name_any())).collect()
     }

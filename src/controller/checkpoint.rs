@@ -10,7 +10,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
-use super::chain::{Chain, Place, is_accepted, is_usable, owner};
+use super::chain::{Chain, Place, is_accepted, owner};
 use super::context::{Parting, is_host_clean, of_vm, parting};
 use super::domain::publish::node_of;
 use super::import::{self, Verdict};
@@ -67,7 +67,7 @@ pub async fn invalidate(
         return Ok(());
     }
     let new = invalidated(&checkpoint, &old, broken, clock::now());
-    if is_usable(&checkpoint) && !conditions::is_true(&new.conditions, conditions::USABLE) {
+    if checkpoint.is_usable() && !conditions::is_true(&new.conditions, conditions::USABLE) {
         context.events.tell(&checkpoint, true, "Check", &lost(&new)).await;
     }
     write(api, &checkpoint, &old, new).await
@@ -155,7 +155,7 @@ pub async fn reconcile(
     }
     if checkpoint.metadata.deletion_timestamp.is_none() {
         let replaced = domain.as_ref().is_some_and(|domain| !is_its_vm(domain));
-        if replaced && is_usable(&checkpoint) {
+        if replaced && checkpoint.is_usable() {
             let because = Because::new(Reason::VmReplaced, "another VM has the name now");
             let new = describe(&old, Phase::Failed, &because, checkpoint.metadata.generation, now);
             write(&api, &checkpoint, &old, new).await?;

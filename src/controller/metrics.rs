@@ -9,7 +9,6 @@ use std::sync::Arc;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 
-use super::chain;
 use super::heartbeats::Heartbeat;
 use crate::api::{ImageTransfer, LibvirtDomain, Phase, VmBackup, VmBackupStatus, VmCheckpoint, conditions};
 use crate::metrics::{Metric, Sample};
@@ -75,7 +74,7 @@ pub fn samples(facts: &Facts<'_>) -> Vec<Sample> {
     }
     samples.extend(of_vms(facts));
     samples.extend(states.into_iter().map(|(state, count)| Sample::count(Metric::Vms, [state], count)));
-    let phases = facts.backups.iter().map(|backup| phase(backup));
+    let phases = facts.backups.iter().map(|backup| backup.phase());
     samples.extend(by_phase(Metric::Backups, phases));
     let phases = facts
         .transfers
@@ -83,8 +82,7 @@ pub fn samples(facts: &Facts<'_>) -> Vec<Sample> {
         .map(|transfer| transfer.status.as_ref().map(|status| status.phase).unwrap_or_default());
     samples.extend(by_phase(Metric::Transfers, phases));
     for usable in [true, false] {
-        let count =
-            facts.checkpoints.iter().filter(|checkpoint| chain::is_usable(checkpoint) == usable).count();
+        let count = facts.checkpoints.iter().filter(|checkpoint| checkpoint.is_usable() == usable).count();
         samples.push(Sample::count(
             Metric::Checkpoints,
             [if usable { "true" } else { "false" }],
@@ -113,7 +111,7 @@ impl<'a> Told<'a> {
     }
 
     fn backup(&mut self, backup: &'a VmBackup) {
-        let (phase, status) = (phase(backup), backup.status.as_ref());
+        let (phase, status) = (backup.phase(), backup.status.as_ref());
         if phase.is_terminal() {
             let is_its = |status: &&VmBackupStatus| status.vm_uuid.as_ref() == Some(&self.vm.uuid);
             if let Some(status) = status.filter(is_its).filter(|_| phase == Phase::Succeeded) {
@@ -128,7 +126,7 @@ impl<'a> Told<'a> {
     }
 
     fn checkpoint(&mut self, checkpoint: &VmCheckpoint) {
-        if checkpoint.spec.vm_uuid == self.vm.uuid && chain::is_usable(checkpoint) {
+        if checkpoint.spec.vm_uuid == self.vm.uuid && checkpoint.is_usable() {
             self.newest = self.newest.max(Some(checkpoint.spec.creation_time.0));
         }
     }
@@ -162,10 +160,6 @@ fn of_vms(facts: &Facts<'_>) -> Vec<Sample> {
         }
     }
     vms.into_values().flat_map(Told::samples).collect()
-}
-
-fn phase(backup: &VmBackup) -> Phase {
-    backup.status.as_ref().map(|status| status.phase).unwrap_or_default()
 }
 
 /// How many there are of every phase, of those that there are none of too.

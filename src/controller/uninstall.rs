@@ -13,7 +13,6 @@ use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
 use tokio::time::{Instant, sleep};
 
-use super::chain;
 use super::config::Config;
 use super::context::is_host_clean;
 use crate::api::{self, DesiredState, FINALIZER, ImageTransfer, Phase, VmBackup, VmCheckpoint};
@@ -120,7 +119,7 @@ fn is_leftover(checkpoint: &VmCheckpoint, backups: &[VmBackup]) -> bool {
         status.is_some_and(|status| status.phase == Phase::Failed && is_host_clean(&status.conditions))
     };
     let mut failed = backups.iter().filter(failed).map(|backup| backup.metadata.uid.as_ref());
-    made_with.is_some() && failed.any(|uid| uid == made_with) && !chain::is_usable(checkpoint)
+    made_with.is_some() && failed.any(|uid| uid == made_with) && !checkpoint.is_usable()
 }
 
 /// Who made a Job as if it were an object like others, at each apply, as `helm template | kubectl apply` does with hooks. Pure.
@@ -171,7 +170,7 @@ async fn look(client: &Client, config: &Config, graceful: bool) -> Result<Looked
             continue;
         }
         let name = named("", &backup.metadata);
-        let phase = backup.status.as_ref().map(|status| status.phase).unwrap_or_default().as_str();
+        let phase = backup.phase().as_str();
         let mut words = format!("{name} ({phase})");
         if step == Step::Cancel {
             match cluster::cancel(client, &backup).await {

@@ -8,7 +8,7 @@ use crate::api::{
     BackupSupport, BackupType, CheckpointDiskStatus, DiskMode, DomainDisk, FullReason,
     InvalidCheckpointPolicy, VmBackup, VmCheckpoint,
 };
-use crate::controller::chain::{Chain, is_base, owner};
+use crate::controller::chain::{Chain, owner};
 use crate::reason::{Because, Reason};
 
 /// What a backup of a disk reads, and why all of it where less was asked for, with more about it.
@@ -74,7 +74,7 @@ pub fn choose<'a>(
     if !can {
         return or_full(none_can());
     }
-    if !is_base(found) {
+    if !found.is_base() {
         let message = format!("VmCheckpoint {name} is not usable: its conditions say why");
         return or_full(Because::new(Reason::CheckpointInvalid, message));
     }

@@ -15,7 +15,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, Resource as _, ResourceExt as _};
 
 use self::resolve::{Binding, Facts, NodeHealth, Verdict, resolve};
-use super::chain::{self, Chain, owner};
+use super::chain::{Chain, owner};
 use super::context::{Parting, is_host_clean, of_vm, parting};
 use super::{Context, OperatorError, checkpoint};
 use crate::api::{
@@ -336,7 +336,7 @@ async fn settle(
         killpoint::reached(Step::CheckpointUsable);
         return remove_excess(backup, &found, &checkpoints, context).await;
     }
-    if chain::is_usable(&found) || !free {
+    if found.is_usable() || !free {
         return Ok(());
     }
     if found.meta().deletion_timestamp.is_none() {

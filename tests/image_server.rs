@@ -9,24 +9,12 @@ mod nbd_qemu_rig;
 use std::path::Path;
 use std::time::Duration;
 
-use image_server_rig::{Server, stock_download};
+use image_server_rig::{Server, stock_download, until};
 use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, raw, run};
 use tokio::io::AsyncReadExt;
 use virtmark::imageio::{Config, End, missing, tls};
 
 const SIZE: u64 = (64 << 20) + 512;
-
-/// Waits until `ready`, at most 20 s.
-async fn until(what: &str, ready: impl Fn() -> bool) {
-    let waited = async {
-        while !ready() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), waited)
-        .await
-        .unwrap_or_else(|_| panic!("waited 20 s for {what}"));
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn coverage_counts_what_was_sent_and_no_more() {

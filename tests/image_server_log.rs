@@ -10,9 +10,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use image_server_rig::{Server, stock_download};
+use image_server_rig::{Server, stock_download, within};
 use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, run};
 use virtmark::imageio::{Access, End};
+
+/// How long a line may take to be logged.
+const BOUND: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
@@ -70,14 +73,7 @@ async fn each_step_is_logged_without_the_secret() {
     }
     drop(raw);
     let closed = || log.lines(": CLOSE ").len() + log.lines(" CLOSE ").len() > 0;
-    let waited = async {
-        while !closed() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waited)
-        .await
-        .expect("the connection to be logged as closed");
+    within(BOUND, "the connection to be logged as closed", closed).await;
 
     // The stock client changes over to the unix socket by itself when the server is on its own host.
     for (host, socket) in [("127.0.0.2", false), ("127.0.0.1", true)] {
@@ -88,12 +84,7 @@ async fn each_step_is_logged_without_the_secret() {
             let lines = log.lines(" CLOSE ").split_off(before);
             lines.into_iter().filter(|line| !line.contains("read_ops=0")).collect()
         };
-        let waited = async {
-            while read().len() < 4 {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(10), waited).await.expect("four workers to be logged");
+        within(BOUND, "four workers to be logged", || read().len() >= 4).await;
         assert!(read().iter().all(|line| line.contains("client=\"unix\"") == socket), "{:?}", read());
     }
 
@@ -142,12 +133,7 @@ async fn writes(log: &Log, server: &Server, directory: &Path) -> String {
     }
     drop(raw);
     let close = || log.lines(" CLOSE ").into_iter().find(|line| line.contains("transfer=\"t2\""));
-    let waited = async {
-        while close().is_none() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), waited).await.expect("the writer to be logged as closed");
+    within(BOUND, "the writer to be logged as closed", || close().is_some()).await;
     let close = close().unwrap();
     println!("{close}");
     for count in [

@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use image_server_rig::{Raw, Server, stock_upload};
+use image_server_rig::{Raw, Server, stock_upload, until};
 use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, run};
 use tokio::io::AsyncWriteExt as _;
 use virtmark::imageio::{Access, End};
@@ -35,17 +35,6 @@ async fn put(raw: &mut Raw, id: &str, offset: u64, body: &str) -> u16 {
     );
     raw.send(&format!("{head}\r\n\r\n{body}")).await;
     raw.response().await.expect("an answer").status
-}
-
-async fn until(what: &str, ready: impl Fn() -> bool) {
-    let waited = async {
-        while !ready() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), waited)
-        .await
-        .unwrap_or_else(|_| panic!("waited 20 s for {what}"));
 }
 
 fn signal(nbd: &QemuNbd, name: &str) {

@@ -15,7 +15,7 @@ use virtmark::nbd::proto::{
     self, OptionReply, ReplyHead, Request, command, export_flag, info, option, reply,
 };
 use virtmark::nbd::writer::ZERO_REQUEST;
-use virtmark::nbd::{Client, Export, NbdError, ZeroMode};
+use virtmark::nbd::{Client, Export, NbdError, Writer, ZeroMode};
 
 const SIZE: usize = 100_000;
 const WRITABLE: u16 = export_flag::SEND_FLUSH | export_flag::SEND_WRITE_ZEROES;
@@ -55,6 +55,14 @@ fn serve(directory: &Path, disk: Disk) -> (Export, Shared) {
         let _ = talk(stream, &shared).await;
     });
     (Export { socket, name: String::new(), bitmap: None, changed_from: None }, disk)
+}
+
+/// A writer of requests of 8 KiB, so many in flight, before a server of this disk.
+async fn writer_to(directory: &Path, disk: Disk, window: usize) -> (Writer, Shared) {
+    let (export, disk) = serve(directory, disk);
+    let mut client = Client::connect_to_write(&export).await.unwrap();
+    client.shape(8192, window);
+    (client.writer().unwrap(), disk)
 }
 
 async fn shake_hands(stream: &mut UnixStream, disk: &Shared) -> std::io::Result<()> {
@@ -193,11 +201,8 @@ proptest! {
         runtime.block_on(async {
             let directory = tempfile::tempdir().unwrap();
             let flags = if knows_zeroes { WRITABLE } else { export_flag::SEND_FLUSH };
-            let (export, disk) =
-                serve(directory.path(), Disk { bytes: vec![1; SIZE], flags, hold, ..Disk::default() });
-            let mut client = Client::connect_to_write(&export).await.unwrap();
-            client.shape(8192, window);
-            let mut writer = client.writer().unwrap();
+            let disk = Disk { bytes: vec![1; SIZE], flags, hold, ..Disk::default() };
+            let (mut writer, disk) = writer_to(directory.path(), disk, window).await;
             let mut model = vec![1; SIZE];
             for step in steps {
                 match step {
@@ -232,11 +237,8 @@ proptest! {
 #[tokio::test]
 async fn bytes_that_follow_each_other_are_gathered_and_pipelined() {
     let directory = tempfile::tempdir().unwrap();
-    let (export, disk) =
-        serve(directory.path(), Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 4, ..Disk::default() });
-    let mut client = Client::connect_to_write(&export).await.unwrap();
-    client.shape(8192, 4);
-    let mut writer = client.writer().unwrap();
+    let disk = Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 4, ..Disk::default() };
+    let (mut writer, disk) = writer_to(directory.path(), disk, 4).await;
     for at in 0..8192 * 6 / 512 {
         writer.write(100 + at * 512, &[7; 512]).await.unwrap();
     }
@@ -269,13 +271,8 @@ async fn zeroes_are_cut_and_say_what_may_become_a_hole() {
 #[tokio::test]
 async fn an_error_is_told_and_ends_it() {
     let directory = tempfile::tempdir().unwrap();
-    let (export, _) = serve(
-        directory.path(),
-        Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 1, full_at: Some(2), ..Disk::default() },
-    );
-    let mut client = Client::connect_to_write(&export).await.unwrap();
-    client.shape(8192, 2);
-    let mut writer = client.writer().unwrap();
+    let disk = Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 1, full_at: Some(2), ..Disk::default() };
+    let (mut writer, _) = writer_to(directory.path(), disk, 2).await;
     let error = loop {
         if let Err(error) = writer.write(0, &[1; 8192]).await {
             break error;
@@ -290,11 +287,8 @@ async fn an_error_is_told_and_ends_it() {
 async fn a_write_that_was_dropped_in_its_middle_ends_it() {
     let directory = tempfile::tempdir().unwrap();
     // it answers when eight are in flight, which never are
-    let (export, _) =
-        serve(directory.path(), Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 8, ..Disk::default() });
-    let mut client = Client::connect_to_write(&export).await.unwrap();
-    client.shape(8192, 1);
-    let mut writer = client.writer().unwrap();
+    let disk = Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 8, ..Disk::default() };
+    let (mut writer, _) = writer_to(directory.path(), disk, 1).await;
     let data = vec![1; 60_000];
     {
         let mut write = std::pin::pin!(writer.write(0, &data));
@@ -310,11 +304,8 @@ async fn a_write_that_was_dropped_in_its_middle_ends_it() {
 #[tokio::test]
 async fn what_is_given_up_is_waited_for() {
     let directory = tempfile::tempdir().unwrap();
-    let (export, disk) =
-        serve(directory.path(), Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 4, ..Disk::default() });
-    let mut client = Client::connect_to_write(&export).await.unwrap();
-    client.shape(8192, 4);
-    let mut writer = client.writer().unwrap();
+    let disk = Disk { bytes: vec![0; SIZE], flags: WRITABLE, hold: 4, ..Disk::default() };
+    let (mut writer, disk) = writer_to(directory.path(), disk, 4).await;
     writer.write(0, &[1; 3 * 8192 + 10]).await.unwrap();
     assert_eq!(writer.unanswered_from(), Some(0));
     writer.drain().await.unwrap();

@@ -13,6 +13,23 @@ use virtmark::imageio::{
 };
 use virtmark::nbd::Export;
 
+/// Waits until `ready`, at most 20 s.
+pub(crate) async fn until(what: &str, ready: impl Fn() -> bool) {
+    within(Duration::from_secs(20), what, ready).await;
+}
+
+/// Waits until `ready`, at most so long.
+pub(crate) async fn within(bound: Duration, what: &str, ready: impl Fn() -> bool) {
+    let waited = async {
+        while !ready() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(bound, waited)
+        .await
+        .unwrap_or_else(|_| panic!("waited {} s for {what}", bound.as_secs()));
+}
+
 /// A server; stops when dropped.
 pub(crate) struct Server {
     pub(crate) tickets: Tickets,

@@ -6,7 +6,8 @@
 //!
 //! A body that ends early is written as far as it came, as imageio does. What an NBD connection took and did not flush may
 //! be lost with it, so that one that broke is told to the client, and never replaced in silence. An operation that is cut
-//! ends when nothing of it can reach the disk any more: whoever waits for the end of operations sees the last of its bytes.
+//! ends when nothing of it can reach the disk any more: whoever waits for the end of operations sees the last of its bytes. But
+//! for a storage that was silent for [`crate::nbd::client::REPLY_TIMEOUT`]: what it took may be written later still.
 //!
 //! Of a body, one frame is held besides what the NBD writer holds. It never reads an image.
 

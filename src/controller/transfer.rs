@@ -101,7 +101,7 @@ pub async fn reconcile(
     let api = Api::<ImageTransfer>::namespaced(context.client.clone(), &namespace);
     let old = transfer.status.clone().unwrap_or_default();
     if old.phase.is_terminal() {
-        delete_secret(&transfer, &old, &context).await?;
+        delete_secrets(&transfer, &old, &context).await?;
     }
     if transfer.metadata.deletion_timestamp.is_some() {
         return part(&transfer, &old, &api, &context).await;
@@ -176,31 +176,40 @@ async fn watch_node(
     Ok(Requeue::requeue(SAFETY_NET))
 }
 
-/// The Secret that may be there of a transfer. The agent wrote its name: only one that it may have made for this very transfer.
-/// One that did not live to write it, and lost all that it knew, made the first. Pure.
-fn secret_of(uid: Option<String>, status: &ImageTransferStatus) -> Option<String> {
-    let ours = format!("ticket-{}-", uid?);
+/// How many of a transfer's Secrets are looked for at most.
+const SECRETS: usize = 16;
+
+/// The Secrets that may be there of a transfer, the one that holds good first. The agent wrote its name: only one that it may
+/// have made for this very transfer. One that did not live to write it, and lost all that it knew, made the first; one that
+/// lost what it knew, or does not believe it, made a further one beside those before it. Pure.
+fn secrets_of(uid: Option<String>, status: &ImageTransferStatus) -> Vec<String> {
+    let Some(ours) = uid.map(|uid| format!("ticket-{uid}-")) else { return Vec::new() };
     let first = || status.node_name.as_ref().map(|_| format!("{ours}1"));
-    status.ticket_secret.clone().or_else(first).filter(|name| name.starts_with(&ours))
+    let told = status.ticket_secret.clone().or_else(first).filter(|name| name.starts_with(&ours));
+    let Some(told) = told else { return Vec::new() };
+    let number = told.strip_prefix(&ours).and_then(|number| number.parse::<u32>().ok()).unwrap_or(0);
+    let earlier = (1..number).rev().take(SECRETS - 1).map(|number| format!("{ours}{number}"));
+    std::iter::once(told).chain(earlier).collect()
 }
 
-/// The ticket's Secret goes when its transfer ended: its URL answers no more.
-async fn delete_secret(
+/// The ticket's Secrets go when its transfer ended: their URLs answer no more.
+async fn delete_secrets(
     transfer: &ImageTransfer,
     status: &ImageTransferStatus,
     context: &Context,
 ) -> Result<(), OperatorError> {
-    let Some(name) = secret_of(transfer.uid(), status) else { return Ok(()) };
-    if context.secrets_deleted.contains(&name) {
-        return Ok(());
-    }
-    // by its name alone: the operator reads no Secret, and nobody else's has the transfer's uid in its name
     let secrets =
         Api::<Secret>::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default());
-    cluster::delete(&secrets, &name, None).await?;
-    context.secrets_deleted.insert(&name);
-    tracing::info!(backup = status.backup_uid, transfer = transfer.uid(), "ticket Secret deleted");
-    killpoint::reached(Step::SecretDeleted);
+    for name in secrets_of(transfer.uid(), status) {
+        if context.secrets_deleted.contains(&name) {
+            continue;
+        }
+        // by its name alone: the operator reads no Secret, and nobody else's has the transfer's uid in its name
+        cluster::delete(&secrets, &name, None).await?;
+        context.secrets_deleted.insert(&name);
+        tracing::info!(backup = status.backup_uid, transfer = transfer.uid(), "ticket Secret deleted");
+        killpoint::reached(Step::SecretDeleted);
+    }
     Ok(())
 }
 
@@ -225,9 +234,9 @@ async fn part(
         }
         Parting::Clean => {}
     }
-    delete_secret(transfer, old, context).await?;
+    delete_secrets(transfer, old, context).await?;
     cluster::release(api, transfer).await?;
-    if let Some(name) = secret_of(transfer.uid(), old) {
+    for name in secrets_of(transfer.uid(), old) {
         context.secrets_deleted.remove(&name);
     }
     Ok(Requeue::await_change())
@@ -253,14 +262,17 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_its_own_transfers_also_when_nobody_lived_to_tell_its_name() {
-        let of = |status| secret_of(Some("u".to_owned()), &serde_json::from_value(status).unwrap());
-        assert_eq!(of(json!({})), None, "no agent ever knew of it");
-        assert_eq!(of(json!({"nodeName": "node-a"})).as_deref(), Some("ticket-u-1"));
+    fn secrets_are_its_own_transfers_also_when_nobody_lived_to_tell_their_names() {
+        let of = |status| secrets_of(Some("u".to_owned()), &serde_json::from_value(status).unwrap());
+        assert!(of(json!({})).is_empty(), "no agent ever knew of one");
+        assert_eq!(of(json!({"nodeName": "node-a"})), ["ticket-u-1"]);
         let told = |name: &str| of(json!({"nodeName": "node-a", "ticketSecret": name}));
-        assert_eq!(told("ticket-u-2").as_deref(), Some("ticket-u-2"));
-        assert_eq!(told("ticket-v-1"), None, "another's");
-        assert_eq!(told("db-password"), None);
+        assert_eq!(told("ticket-u-3"), ["ticket-u-3", "ticket-u-2", "ticket-u-1"]);
+        assert_eq!(told("ticket-u-x"), ["ticket-u-x"]);
+        let many = told(&format!("ticket-u-{}", u32::MAX));
+        assert_eq!((many.len(), many.last().unwrap().as_str()), (SECRETS, "ticket-u-4294967280"));
+        assert!(told("ticket-v-1").is_empty(), "another's");
+        assert!(told("db-password").is_empty());
     }
 
     #[test]

@@ -161,6 +161,7 @@ fn a_stored_ticket_that_permits_more_is_not_believed() -> Result<()> {
     ensure!(rig.ticket("forged-1-vda")?.curl(&[])? == "200");
     rig.state("vmbackup", "forged-1", "Finalized")?;
     rig.phase("vmbackup", "forged-1", "Succeeded")?;
+    wait_until(BOUND, "both Secrets to be gone", || Ok(rig.list("secrets", "")?.is_empty().then_some(())))?;
     rig.host_is_clean()
 }
 

@@ -224,7 +224,14 @@ fn left(rig: &Rig, name: &str, uids: &[String], before: usize) -> Result<()> {
         .then_some(()))
     })
     .with_context(|| {
-        format!("checkpoints {:?}, transfers {:?}", named("vmcheckpoints"), named("imagetransfers"))
+        let (checkpoints, transfers) = (named("vmcheckpoints"), named("imagetransfers"));
+        let (bitmaps, secrets) = (rig.bitmaps("vda"), rig.list("secrets", ""));
+        let secrets = secrets.map(|found| found.into_iter().map(|found| found["metadata"].clone()).collect());
+        let secrets: Result<Vec<_>> = secrets;
+        format!(
+            "{}: checkpoints {checkpoints:?}, transfers {transfers:?}, bitmaps {bitmaps:?}, secrets {secrets:?}",
+            backup["status"]
+        )
     })?;
     rig.host_is_clean()?;
     for reason in rig.events(name)?.iter().fold(BTreeMap::<String, usize>::new(), |mut counts, reason| {

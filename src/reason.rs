@@ -55,7 +55,7 @@ macro_rules! reasons {
 reasons! {
     // on the way
     /// It was bound to its node; the agent there goes on.
-    Bound Wait "VmBackup", "wait",
+    Bound Wait "VmBackup, ImageTransfer", "wait",
     /// The disks can be read; the object is done once it is finalized.
     AwaitingFinalize Wait "VmBackup", "read every disk, then set spec.state to Finalized",
     /// It was finalized while bytes that had to be read were not, or while a client was being answered.
@@ -96,13 +96,15 @@ reasons! {
     /// A block job or snapshot holds the VM's disks.
     DisksLocked Wait "VmBackup", "wait until the block job ends",
     /// The VM's node is not Ready.
-    NodeNotReady Wait "VmBackup", "bring the node back",
+    NodeNotReady Wait "VmBackup, ImageTransfer", "bring the node back",
     /// The agent of the node does not answer.
-    AgentUnreachable Wait "VmBackup", "look at the agent of the node",
+    AgentUnreachable Wait "VmBackup, ImageTransfer", "look at the agent of the node",
     /// A backup of the VM runs, and the checkpoint cannot be removed meanwhile.
     CheckpointBusy Wait "VmCheckpoint", "wait until the backup ends",
     /// The directory for scratch disks has too little space.
     ScratchSpaceLow Wait "VmBackup", "free space in the agent's state directory",
+    /// What the operator was told of tenants cannot be read, so that nobody may anything.
+    TenancyUnreadable Wait "ImageTransfer", "have an admin mend the operator's tenancy file as the message says",
 
     // refused
     /// No LibvirtDomain of this name is in this namespace.
@@ -133,6 +135,12 @@ reasons! {
     VmReplaced Never "VmCheckpoint", "make a new backup: it starts a new chain",
     /// Who asked may not back this VM up. Refused at admission: no object is made.
     NotPermitted Never "VmBackup, VmCheckpoint", "have an admin grant the verb backup on the LibvirtDomain (ClusterRole virtmark-backup)",
+    /// This namespace may not make volumes in the pool.
+    PoolNotAllowed Never "ImageTransfer", "have an admin allow the pool for this namespace (the chart's tenancy)",
+    /// The node has no such pool, or it is not active, or of a type or in a folder that cannot be used.
+    PoolNotUsable Never "ImageTransfer", "name an active pool of type dir, fs or netfs in a folder of agent.imageDirs",
+    /// The pool has a volume of this name, or another upload makes one.
+    VolumeExists Never "ImageTransfer", "take another name, or delete the volume; nothing of it was changed",
     /// The backup was not Ready within startDeadlineSeconds.
     StartDeadlineExceeded Never "VmBackup", "look at the last reason in the message, then make a new backup",
 
@@ -163,12 +171,16 @@ reasons! {
     ClientIdle Never "VmBackup", "make a new backup, and read it",
     /// Nobody used the ticket for inactivityTimeoutSeconds, and timeoutPolicy is Cancel.
     TransferInactive Never "ImageTransfer", "make a new one, and read it",
+    /// What serves the volume died while bytes were uploaded: some may not be in it.
+    UploadInterrupted Never "ImageTransfer", "upload it again, with a new ImageTransfer",
+    /// The volume that was uploaded is not of the format and size that were said, or qemu-img finds errors in it.
+    ImageCorrupt Never "ImageTransfer", "look at the node's storage, then upload it again",
     /// The backup ended, and this transfer with it.
     TransferFailed Never "ImageTransfer", "look at the backup, then make a new one",
     /// The node is gone.
     NodeLost Never "VmBackup, ImageTransfer, LibvirtDomain", "make a new backup where the VM runs now",
-    /// libvirt ended the backup job, or refused it.
-    HypervisorError Never "VmBackup", "read libvirt's words in the message",
+    /// libvirt ended the backup job, or refused it; or QEMU's tools refused a volume.
+    HypervisorError Never "VmBackup, ImageTransfer", "read libvirt's words in the message",
     /// The host could not be cleaned yet; tried again.
     FinalizeFailed Wait "VmBackup, VmCheckpoint", "look at the agent's log; it goes on trying",
     /// The guest's file systems may still be frozen; thawing goes on.

@@ -16,6 +16,7 @@ use super::registry::{Live, Registry};
 use super::state::{Record, StateError};
 use super::survey::{AFTER_BACKUP, Survey};
 use super::transfer::StoredTicket;
+use super::upload::Uploads;
 use crate::api::DomainSighting;
 use crate::cluster::Events;
 use crate::imageio::{self, Coverage, End, SharedCoverage, Tickets};
@@ -115,6 +116,8 @@ pub struct Context {
     pub health: Arc<Health>,
     /// The image server's tickets.
     pub tickets: Tickets,
+    /// The volumes that are being uploaded.
+    pub(super) uploads: Uploads,
     /// Events in this agent's name.
     pub events: Events,
     /// `host:port` that clients are told.

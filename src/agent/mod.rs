@@ -30,6 +30,7 @@ mod scratch;
 pub mod state;
 mod survey;
 pub mod transfer;
+pub mod upload;
 
 pub use context::{AgentError, Context};
 pub use run::run;

@@ -25,6 +25,7 @@ use super::registry::{Live, Registry};
 use super::state::{StateDir, StateLock};
 use super::survey::{self, Survey};
 use super::transfer::StoredTicket;
+use super::upload::{self, Uploads};
 use super::{backup, checkpoint, cordon, heartbeat, inventory, scratch, transfer};
 use crate::api::{self, ImageTransfer, VmBackup, VmCheckpoint};
 use crate::clock;
@@ -102,6 +103,7 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         survey: Survey::default(),
         health: Arc::clone(health),
         tickets: tickets.clone(),
+        uploads: Uploads::default(),
         events: Events::new(
             client.clone(),
             api::AGENT,
@@ -178,6 +180,11 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
                     }
                     // what left the watch while it was down left without a word: ask, once in a while
                     keep(&kept, round.is_multiple_of(DOUBT)).await;
+                    if round % DOUBT == 1
+                        && let Err(error) = upload::clean_gone(&kept).await
+                    {
+                        tracing::warn!(%error, "uploads may be left whose objects are gone");
+                    }
                 }
                 Some(uid) = gone.next() => {
                     if let Some(live) = kept.registry.find(&uid) {
@@ -345,6 +352,7 @@ fn adopt(context: &Context) -> anyhow::Result<()> {
             }
         }
     }
+    upload::end_leftovers(state)?;
     for uid in state.stray_runs()? {
         tracing::warn!(backup = uid, "files of a backup that no record knows are removed");
         if let Err(error) = state.remove_run(&uid) {

@@ -33,11 +33,11 @@ pub use checkpoint::{
     BaseRank, CheckpointDisk, CheckpointDiskStatus, VmCheckpoint, VmCheckpointSpec, VmCheckpointStatus,
 };
 pub use domain::{LibvirtDomain, LibvirtDomainSpec, LibvirtDomainStatus};
-pub use schema::is_disk_target;
+pub use schema::{is_disk_target, is_volume_name};
 pub use sighting::{BackingFile, BackupSupport, DomainDisk, DomainSighting, DomainSightingSpec, DomainState};
 pub use transfer::{
-    Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, Protocol, TimeoutPolicy,
-    TransferFormat, TransferState,
+    Direction, ImageTransfer, ImageTransferSpec, ImageTransferStatus, NewVolume, Protocol, TimeoutPolicy,
+    TransferFormat, TransferState, VolumeFormat,
 };
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSON};

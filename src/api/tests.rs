@@ -199,3 +199,28 @@ fn what_lasts_is_done_when_it_is_ready_and_what_is_one_shot_when_it_succeeded() 
         assert_eq!(said(conditions::one_shot, phase), one_shot, "{phase:?}");
     }
 }
+
+#[test]
+fn a_transfer_reads_a_backup_or_makes_a_volume() {
+    let volume = json!({"nodeName": "n", "pool": "p", "name": "v", "size": 512});
+    for (spec, refusal) in [
+        (json!({"direction": "Upload"}), "an upload names a new volume"),
+        (json!({"direction": "Upload", "volume": volume}), "an upload names a new volume"),
+        (json!({"volume": volume}), "a download names a backup"),
+    ] {
+        // over the backup and disk that every transfer of these tests has
+        let refused = format!("{:?}", transfer(spec.clone()).validate_cel().unwrap_err());
+        assert!(refused.contains(refusal), "{spec}: {refused}");
+    }
+    let upload = |more: serde_json::Value| {
+        let mut upload = transfer(json!({"direction": "Upload", "volume": volume}));
+        (upload.spec.backup, upload.spec.disk) = (None, None);
+        if more["protocol"] == "Nbd" {
+            upload.spec.protocol = super::Protocol::Nbd;
+        }
+        upload
+    };
+    upload(json!({})).validate_cel().unwrap();
+    let refused = format!("{:?}", upload(json!({"protocol": "Nbd"})).validate_cel().unwrap_err());
+    assert!(refused.contains("needs protocol Imageio"), "{refused}");
+}

@@ -21,11 +21,12 @@ use super::{NbdExport, Phase, schema};
     namespaced,
     status = "ImageTransferStatus",
     derive = "PartialEq",
-    doc = "ImageTransfer is the permission to read one disk of a VmBackup. When it is Ready, the Secret named in status.ticketSecret holds the URL, which is a bearer secret.",
+    doc = "ImageTransfer is the permission to read one disk of a VmBackup, or to write a new libvirt volume. When it is Ready, the Secret named in status.ticketSecret holds the URL, which is a bearer secret.",
     selectable = ".spec.backup",
     selectable = ".status.nodeName",
     printcolumn(name = "Backup", type_ = "string", json_path = ".spec.backup"),
     printcolumn(name = "Disk", type_ = "string", json_path = ".spec.disk"),
+    printcolumn(name = "Volume", type_ = "string", json_path = ".spec.volume.name", priority = 1),
     printcolumn(name = "Direction", type_ = "string", json_path = ".spec.direction"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(
@@ -42,18 +43,31 @@ use super::{NbdExport, Phase, schema};
         .message("inactivityTimeoutSeconds needs protocol Imageio: what is read of QEMU's socket is not seen")
         .field_path(".inactivityTimeoutSeconds"),
     validation = Rule::new("self.protocol != 'Nbd' || self.state != 'Paused'")
-        .message("a transfer with protocol Nbd cannot be paused: QEMU serves it").field_path(".state")
+        .message("a transfer with protocol Nbd cannot be paused: QEMU serves it").field_path(".state"),
+    validation = Rule::new("self.direction == 'Upload' || has(self.backup) && has(self.disk) && !has(self.volume)")
+        .message("a download names a backup and a disk of it, and no volume"),
+    validation = Rule::new("self.direction != 'Upload' || has(self.volume) && !has(self.backup) && !has(self.disk)")
+        .message("an upload names a new volume, and neither backup nor disk"),
+    validation = Rule::new("self.direction != 'Upload' || self.protocol != 'Nbd'")
+        .message("an upload needs protocol Imageio").field_path(".protocol")
 )]
 pub struct ImageTransferSpec {
-    /// Name of the VmBackup to read from, in this namespace. It may not be Ready yet, or not exist yet.
+    /// To download: name of the VmBackup to read from, in this namespace. It may not be Ready yet, or not exist yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 180), regex(pattern = schema::OBJECT_NAME))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("backup is immutable"))]
-    pub backup: String,
-    /// Target of the disk in the domain, `vda`.
+    pub backup: Option<String>,
+    /// To download: target of the disk in the domain, `vda`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 64), regex(pattern = schema::TARGET))]
     #[x_kube(validation = Rule::new("self == oldSelf").message("disk is immutable"))]
-    pub disk: String,
-    /// Download: from the VM's disk to the client.
+    pub disk: Option<String>,
+    /// To upload: the libvirt volume to make. It has this name once the transfer Succeeded, and nothing is left of one that did not.
+    /// An admin allows which namespaces may use which pools.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("volume is immutable"))]
+    pub volume: Option<NewVolume>,
+    /// Download: from the VM's disk to the client. Upload: from the client to a new volume.
     #[serde(default)]
     #[x_kube(validation = Rule::new("self == oldSelf").message("direction is immutable"))]
     pub direction: Direction,
@@ -82,6 +96,62 @@ pub struct ImageTransferSpec {
     /// inactivityTimeoutSeconds say; the ticket stays the same.
     #[serde(default)]
     pub timeout_policy: TimeoutPolicy,
+}
+
+impl ImageTransferSpec {
+    /// The backup that it reads from; empty of an upload.
+    pub fn backup(&self) -> &str {
+        self.backup.as_deref().unwrap_or_default()
+    }
+
+    /// The disk that it reads, or the name of the volume that it makes.
+    pub fn disk(&self) -> &str {
+        let volume = || self.volume.as_ref().map(|volume| volume.name.as_str());
+        self.disk.as_deref().or_else(volume).unwrap_or_default()
+    }
+}
+
+/// A libvirt volume that an upload makes.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct NewVolume {
+    /// The node with the pool.
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: String,
+    /// The libvirt storage pool: active, of type dir, fs or netfs, in a folder of the chart's agent.imageDirs.
+    #[schemars(length(min = 1, max = 64), regex(pattern = schema::VOLUME))]
+    pub pool: String,
+    /// The volume's name, hence its file's. There must be none of that name.
+    #[schemars(length(min = 1, max = 128), regex(pattern = schema::VOLUME))]
+    pub name: String,
+    /// The format of the volume. What is uploaded is the guest's bytes in either case.
+    #[serde(default)]
+    pub format: VolumeFormat,
+    /// Bytes that the guest will see.
+    #[schemars(range(min = 512, max = 1_125_899_906_842_624_u64))]
+    #[x_kube(validation = Rule::new("self % 512 == 0").message("size is a multiple of 512"))]
+    pub size: i64,
+}
+
+/// The format of a volume.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub enum VolumeFormat {
+    /// qcow2: backed up incrementally.
+    #[default]
+    Qcow2,
+    /// raw.
+    Raw,
+}
+
+impl VolumeFormat {
+    /// As QEMU spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
 }
 
 /// What the user wants of a transfer.
@@ -114,6 +184,8 @@ pub enum Direction {
     /// From the VM's disk to the client.
     #[default]
     Download,
+    /// From the client to a new volume.
+    Upload,
 }
 
 /// The format of the bytes on the wire.

@@ -35,6 +35,9 @@ pub struct Config {
     /// Sign the certificates of agents that run with --certificate-from signer, with a CA in Secret virtmark-ca.
     #[arg(long)]
     pub sign_certificates: bool,
+    /// YAML file that says into which libvirt pools each namespace may upload; without it none. It is read again for each upload.
+    #[arg(long, env = "VIRTMARK_TENANCY")]
+    pub tenancy: Option<PathBuf>,
     /// Do not run: say whether VMs are served, an operator leads and agents answer.
     #[arg(long)]
     pub check: bool,

@@ -1,6 +1,7 @@
 //! What the operator's reconcilers share.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -95,6 +96,8 @@ pub struct Context {
     pub cluster: String,
     /// The operator's namespace.
     pub system_namespace: String,
+    /// The file that says what namespaces may do beyond backing up.
+    pub tenancy: Option<PathBuf>,
     /// Held from the check that no other backup of a VM runs until one is bound.
     pub binding: tokio::sync::Mutex<()>,
     /// Held while the agents' CA is read, made and published.
@@ -152,7 +155,7 @@ impl Context {
     /// Looks again at the transfers that name a backup.
     pub fn wake_transfers(&self, namespace: &str, backup: &str) {
         for transfer in self.transfers.state() {
-            if transfer.spec.backup == backup && transfer.namespace().as_deref() == Some(namespace) {
+            if transfer.spec.backup() == backup && transfer.namespace().as_deref() == Some(namespace) {
                 let _ = self.wake_transfer.unbounded_send(ObjectRef::from_obj(&*transfer));
             }
         }

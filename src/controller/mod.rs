@@ -27,8 +27,10 @@ mod metrics;
 mod nodes;
 mod role;
 mod run;
+pub mod tenancy;
 pub mod transfer;
 mod uninstall;
+pub mod upload;
 
 pub use check::check;
 pub use context::{Context, OperatorError};

@@ -87,6 +87,7 @@ async fn work(client: &Client, cluster: &str, config: &Config, role: &Role) {
         events: Events::new(client.clone(), api::OPERATOR, None, Arc::clone(&role.metrics)),
         cluster: cluster.to_owned(),
         system_namespace: config.system_namespace.clone(),
+        tenancy: config.tenancy.clone(),
         binding: tokio::sync::Mutex::default(),
         publishing: tokio::sync::Mutex::default(),
         backups: backups.store(),

@@ -1,4 +1,5 @@
-//! ImageTransfers: bound to their backup's node; their ticket Secret is deleted when they end.
+//! ImageTransfers: bound to their backup's node, uploads to the node that they name; their ticket Secrets are deleted when they
+//! end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +12,10 @@ use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
 use super::context::{Parting, is_host_clean, parting};
-use super::{Context, OperatorError};
+use super::tenancy::Tenancy;
+use super::{Context, OperatorError, upload};
 use crate::api::conditions::{self, Observation};
-use crate::api::{self, ImageTransfer, ImageTransferStatus, Phase, TransferState, VmBackup};
+use crate::api::{self, ImageTransfer, ImageTransferStatus, NewVolume, Phase, TransferState, VmBackup};
 use crate::clock;
 use crate::cluster;
 use crate::killpoint;
@@ -38,7 +40,7 @@ fn resolve(
     if transfer.spec.state == TransferState::Cancelled {
         return fail(Phase::Cancelled, Reason::Cancelled, "cancelled before it was bound".to_owned());
     }
-    let name = &transfer.spec.backup;
+    let name = transfer.spec.backup();
     let Some(backup) = backup else {
         return wait(Reason::BackupNotFound, format!("there is no VmBackup {name} in this namespace"));
     };
@@ -49,8 +51,8 @@ fn resolve(
     let (Some(node), Some(uid)) = (status.node_name, backup.uid()) else {
         return wait(Reason::BackupNotReady, format!("VmBackup {name} is not bound to a node yet"));
     };
-    let disk = &transfer.spec.disk;
-    if !status.disks.iter().any(|known| known.name == *disk) {
+    let disk = transfer.spec.disk();
+    if !status.disks.iter().any(|known| known.name == disk) {
         let has: Vec<_> = status.disks.iter().map(|disk| disk.name.as_str()).collect();
         let message = format!("VmBackup {name} has no disk {disk}, it has {}", has.join(", "));
         return fail(Phase::Failed, Reason::DiskNotFound, message);
@@ -110,10 +112,15 @@ pub async fn reconcile(
     if let Some(node) = old.node_name.as_ref().filter(|_| !is_done) {
         return watch_node(&transfer, node, &old, &api, &context).await;
     }
-    let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
-    let newest = cluster::is_newest(&api, &*transfer);
-    let (backup, newest) = futures::try_join!(backups.get_opt(&transfer.spec.backup), newest)?;
-    if is_orphan(&transfer, backup.as_ref()) {
+    let found = match &transfer.spec.volume {
+        Some(_) => None,
+        None => {
+            let backups = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
+            backups.get_opt(transfer.spec.backup()).await?
+        }
+    };
+    let newest = cluster::is_newest(&api, &*transfer).await?;
+    if is_orphan(&transfer, found.as_ref()) {
         cluster::delete(&api, &transfer.name_any(), transfer.uid()).await?;
         return Ok(Requeue::await_change());
     }
@@ -129,11 +136,16 @@ pub async fn reconcile(
         return Ok(Requeue::requeue(Duration::from_millis(50)));
     }
     let (generation, now) = (transfer.metadata.generation, clock::now());
-    let new = match resolve(&transfer, backup.as_ref()) {
-        Ok((node, uid)) => {
-            let because = Because::new(Reason::BackupNotReady, "the backup is not Ready yet");
+    let bound = match &transfer.spec.volume {
+        Some(volume) => place_upload(&transfer, volume, &context).await?,
+        None => resolve(&transfer, found.as_ref()).map(|(node, uid)| {
+            (node, Some(uid), Because::new(Reason::BackupNotReady, "the backup is not Ready yet"))
+        }),
+    };
+    let new = match bound {
+        Ok((node, backup_uid, because)) => {
             let bound = describe(&old, Phase::Initializing, &because, generation, now);
-            ImageTransferStatus { node_name: Some(node), backup_uid: Some(uid), ..bound }
+            ImageTransferStatus { node_name: Some(node), backup_uid, ..bound }
         }
         Err((phase, because)) => {
             let new = describe(&old, phase, &because, generation, now);
@@ -157,6 +169,23 @@ pub async fn reconcile(
     }
     context.failures.clear(&*transfer);
     Ok(if new.phase.is_terminal() { Requeue::await_change() } else { Requeue::requeue(SAFETY_NET) })
+}
+
+/// The node of an upload, no backup, and what it waits for there; or why it has none yet.
+async fn place_upload(
+    transfer: &ImageTransfer,
+    volume: &NewVolume,
+    context: &Context,
+) -> Result<Result<(String, Option<String>, Because), (Phase, Because)>, OperatorError> {
+    let tenancy = Tenancy::read(context.tenancy.as_deref());
+    let node = context.node_health(&volume.node_name).await?;
+    let answers = context.agent_answers(&volume.node_name).await?;
+    let placed = upload::place(transfer, volume, &tenancy, node, answers);
+    Ok(placed.map(|node| {
+        let because =
+            Because::new(Reason::Bound, format!("bound to node {node}; its agent makes the volume"));
+        (node, None, because)
+    }))
 }
 
 /// Bound: its agent works. When the node is gone, the operator ends it.

@@ -5,6 +5,7 @@
 
 mod events;
 mod ffi;
+mod pool;
 pub mod xml;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +17,7 @@ use virt::domain::{
 use virt::enumutil::Enum;
 
 pub use events::{Notice, watch};
+pub use pool::Pool;
 
 use crate::api::DomainState;
 

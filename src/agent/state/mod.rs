@@ -4,10 +4,12 @@
 //!   STATE/backups/<backup uid>/record.json          what was planned, done, and may be on the host
 //!                             /coverage-<disk>      which bytes were served
 //!                             /ticket-<transfer uid>.json   0600: it holds the bearer secret
+//!   STATE/uploads/<transfer uid>.json               0600: an upload, and its ticket
 //!   STATE/backups                                   locked by the one agent that works with it
 //!   STATE/orphans/<backup uid>.json                 the record of a failed backup whose VM was gone with its bitmaps
 //!   STATE/succeeded/<backup uid>.json               for a week, the record of one that succeeded
 //!   RUN/<backup uid>/          scratch images and the NBD socket, owned by the VM's QEMU
+//!   RUN/<transfer uid>/        the NBD socket of an upload's volume
 //! ```
 //!
 //! Files are written whole, and believed only when they are the agent's own: see `agent/folder.rs`. There is no
@@ -16,6 +18,7 @@
 //! record that would lead elsewhere is none.
 
 mod record;
+mod uploads;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -82,6 +85,7 @@ pub struct StateDir {
     state: PathBuf,
     orphans: PathBuf,
     succeeded: PathBuf,
+    uploads: PathBuf,
     run: PathBuf,
 }
 
@@ -96,12 +100,14 @@ impl StateDir {
             state: state.join("backups"),
             orphans: state.join("orphans"),
             succeeded: state.join("succeeded"),
+            uploads: state.join("uploads"),
             run: run.to_owned(),
         };
         let folder = Folder::make(state, Mode::RWXU).map_err(io_error(state))?;
         folder.make_folder("backups").map_err(io_error(&dir.state))?;
         folder.make_folder("orphans").map_err(io_error(&dir.orphans))?;
         folder.make_folder("succeeded").map_err(io_error(&dir.succeeded))?;
+        folder.make_folder("uploads").map_err(io_error(&dir.uploads))?;
         let passable = Mode::RWXU | Mode::RGRP | Mode::XGRP | Mode::ROTH | Mode::XOTH;
         Folder::make(&dir.run, passable).map_err(io_error(&dir.run))?;
         Ok(dir)

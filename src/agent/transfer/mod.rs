@@ -14,14 +14,14 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
 use self::status::{Observed, PROGRESS_SECONDS, Standing};
-pub use self::ticket::{StoredTicket, believed};
+pub use self::ticket::{StoredTicket, believed, secret, secret_name};
 use self::ticket::{open, pause};
-use self::wish::{Wish, wish};
+pub use self::wish::{Wish, wish};
 use super::backup::life::Outcome;
 use super::context::DRAIN;
 use super::registry::Live;
 use super::state::Record;
-use super::{AgentError, Context};
+use super::{AgentError, Context, upload};
 use crate::api::{self, ImageTransfer, ImageTransferStatus, Phase, Protocol, VmBackup, conditions};
 use crate::clock;
 use crate::cluster;
@@ -29,7 +29,7 @@ use crate::imageio::End;
 use crate::reason::{Because, Reason};
 
 /// How soon to look again at a transfer whose backup this agent has not taken up yet.
-const SOON: Duration = Duration::from_millis(200);
+pub(super) const SOON: Duration = Duration::from_millis(200);
 
 /// Brings one transfer as far as it can get now.
 ///
@@ -39,10 +39,13 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
     let (Some(uid), Some(old)) = (transfer.uid(), transfer.status.clone()) else {
         return Ok(Requeue::await_change());
     };
-    let Some(backup_uid) = old.backup_uid.clone() else { return Ok(Requeue::await_change()) };
     if old.node_name.as_deref() != Some(&context.node) {
         return Ok(Requeue::await_change());
     }
+    if let Some(volume) = &transfer.spec.volume {
+        return upload::reconcile(&transfer, &uid, &old, volume, &context).await;
+    }
+    let Some(backup_uid) = old.backup_uid.clone() else { return Ok(Requeue::await_change()) };
     if conditions::is_true(&old.conditions, conditions::HOST_CLEAN) {
         return Ok(Requeue::await_change());
     }
@@ -64,7 +67,7 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
     let standing = match (&record.life.outcome, wanted.clone()) {
         (Some(outcome), _) => after(outcome),
         (None, Wish::End(Phase::Cancelled, because)) => Standing::Ended(Phase::Cancelled, because),
-        (None, _) if !record.life.is_serving() => Standing::Waiting("the backup is not Ready yet"),
+        (None, _) if !record.life.is_serving() => waiting("the backup is not Ready yet"),
         (None, Wish::End(phase, because)) => Standing::Ended(phase, because),
         (None, Wish::Pause(because)) => Standing::Paused(because),
         (None, Wish::Open) => open(&transfer, &uid, &live, &record, &context).await?,
@@ -93,7 +96,11 @@ pub async fn reconcile(transfer: Arc<ImageTransfer>, context: Arc<Context>) -> R
     requeue
 }
 
-fn api(transfer: &ImageTransfer, context: &Context) -> Api<ImageTransfer> {
+fn waiting(why: &str) -> Standing {
+    Standing::Waiting(Because::new(Reason::BackupNotReady, why))
+}
+
+pub(super) fn api(transfer: &ImageTransfer, context: &Context) -> Api<ImageTransfer> {
     Api::namespaced(context.client.clone(), &transfer.namespace().unwrap_or_default())
 }
 
@@ -147,7 +154,7 @@ async fn ended_elsewhere(
     let namespace = transfer.namespace().unwrap_or_default();
     let api = Api::<VmBackup>::namespaced(context.client.clone(), &namespace);
     let backup = api
-        .get_opt(&transfer.spec.backup)
+        .get_opt(transfer.spec.backup())
         .await?
         .filter(|backup| backup.uid().as_deref() == Some(backup_uid));
     let Some(backup) = backup else {
@@ -184,8 +191,8 @@ async fn end(
     context.tickets.end(uid, if finalized { End::Removed } else { End::Canceled });
     context.tickets.drained(uid, DRAIN).await;
     live.unseen(uid, false);
-    let disk = &transfer.spec.disk;
-    if finalized && record.life.is_serving() && record.disks.iter().any(|planned| planned.target == *disk) {
+    let disk = transfer.spec.disk();
+    if finalized && record.life.is_serving() && record.disks.iter().any(|planned| planned.target == disk) {
         if transfer.spec.protocol == Protocol::Nbd {
             // its client reads QEMU's socket, which nobody sees: finalizing is its word for it
             context.coverage(live, record, disk).mark_all();
@@ -204,9 +211,9 @@ fn observe(
     record: Option<&Record>,
     context: &Context,
 ) -> Observed {
-    let disk = &transfer.spec.disk;
+    let disk = transfer.spec.disk();
     let known = live.zip(record).filter(|(_, record)| record.life.ready_at.is_some());
-    let planned = known.and_then(|(_, record)| record.disks.iter().find(|planned| planned.target == *disk));
+    let planned = known.and_then(|(_, record)| record.disks.iter().find(|planned| planned.target == disk));
     let seen = planned.is_some() && transfer.spec.protocol == Protocol::Imageio;
     let transferred = known
         .filter(|_| seen && !matches!(standing, Standing::Waiting(_)))
@@ -222,7 +229,11 @@ fn observe(
     }
 }
 
-async fn write(
+/// Writes the status of a transfer where that is worth it, and says when to look again.
+///
+/// # Errors
+/// What the API server says; the caller tries again.
+pub(super) async fn write(
     transfer: &ImageTransfer,
     old: &ImageTransferStatus,
     observed: Observed,
@@ -241,11 +252,12 @@ async fn write(
         if new.phase != old.phase {
             let (backup, uid) =
                 (new.backup_uid.clone().unwrap_or_default(), transfer.uid().unwrap_or_default());
-            tracing::info!(backup, transfer = uid, disk = transfer.spec.disk, phase = ?new.phase, "transfer");
+            tracing::info!(backup, transfer = uid, disk = transfer.spec.disk(), phase = ?new.phase, "transfer");
             if let Standing::Paused(because) | Standing::Ended(_, because) = &observed.standing
-                && [Reason::Paused, Reason::TransferInactive].contains(&because.reason)
+                && (transfer.spec.volume.is_some()
+                    || [Reason::Paused, Reason::TransferInactive].contains(&because.reason))
             {
-                let warning = because.reason == Reason::TransferInactive;
+                let warning = new.phase == Phase::Failed || because.reason == Reason::TransferInactive;
                 context.events.tell(transfer, warning, "Transfer", because).await;
             }
         }

@@ -16,8 +16,8 @@ const CLEAN: &str = "the ticket is gone from the node";
 /// Where a transfer stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Its backup cannot be read yet: why.
-    Waiting(&'static str),
+    /// It is not ready yet: why.
+    Waiting(Because),
     /// The bytes can be read.
     Open {
         /// The Secret with the ticket (protocol Imageio).
@@ -70,7 +70,7 @@ pub fn status(old: &ImageTransferStatus, observed: &Observed) -> ImageTransferSt
     let because = match &observed.standing {
         Standing::Waiting(why) => {
             new.phase = Phase::Initializing;
-            Because::new(Reason::BackupNotReady, *why)
+            why.clone()
         }
         Standing::Open { secret, nbd } => {
             new.phase = Phase::Ready;
@@ -161,7 +161,7 @@ mod tests {
     fn an_unchanged_transfer_has_an_unchanged_status() {
         let ended = Standing::Ended(Phase::Cancelled, Because::new(Reason::Cancelled, "by the user"));
         for (standing, phase) in [
-            (Standing::Waiting("wait"), Phase::Initializing),
+            (Standing::Waiting(Because::new(Reason::BackupNotReady, "wait")), Phase::Initializing),
             (open(), Phase::Ready),
             (Standing::Paused(Because::new(Reason::Paused, "by the user")), Phase::Paused),
             (ended, Phase::Cancelled),

@@ -76,8 +76,8 @@ pub(super) async fn open(
     record: &Record,
     context: &Context,
 ) -> Result<Standing, AgentError> {
-    let disk = &transfer.spec.disk;
-    let Some(planned) = record.disks.iter().find(|planned| planned.target == *disk) else {
+    let disk = transfer.spec.disk();
+    let Some(planned) = record.disks.iter().find(|planned| planned.target == disk) else {
         let because = Because::new(Reason::DiskNotFound, format!("the backup has no disk {disk}"));
         return Ok(Standing::Ended(Phase::Failed, because));
     };
@@ -101,7 +101,7 @@ pub(super) async fn open(
                 id: TicketId::random().map_err(AgentError::Random)?,
                 transfer: uid.to_owned(),
                 backup: record.uid.clone(),
-                disk: disk.clone(),
+                disk: disk.to_owned(),
                 access: Access::Read,
                 size: planned.size,
                 export,
@@ -127,7 +127,8 @@ pub(super) async fn open(
         return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
     }
     let Some(ca) = context.certificate.ca() else {
-        return Ok(Standing::Waiting("the node's image server waits for its certificate"));
+        let why = "the node's image server waits for its certificate";
+        return Ok(Standing::Waiting(Because::new(Reason::BackupNotReady, why)));
     };
     let api = Api::<Secret>::namespaced(context.client.clone(), &record.namespace);
     ticket.paused = false;
@@ -136,7 +137,8 @@ pub(super) async fn open(
         context.host.state.store_ticket(&record.uid, uid, &ticket)?;
         killpoint::reached(Step::TicketStored);
         let created =
-            cluster::create(&api, &secret(transfer, uid, &ticket, &ca, record, context), api::AGENT).await?;
+            cluster::create(&api, &secret(transfer, &ticket.ticket, ticket.secret, &ca, context), api::AGENT)
+                .await?;
         if created || !is_new {
             break;
         }
@@ -162,38 +164,30 @@ pub(super) fn pause(uid: &str, record: &Record, context: &Context) -> Result<(),
     Ok(())
 }
 
-fn secret_name(uid: &str, number: u32) -> String {
+/// The name of a transfer's Secret with this number.
+pub fn secret_name(uid: &str, number: u32) -> String {
     format!("ticket-{uid}-{number}")
 }
 
 /// The Secret that a client reads. Owned by the transfer, so that it goes with it.
-fn secret(
-    transfer: &ImageTransfer,
-    uid: &str,
-    ticket: &StoredTicket,
-    ca: &str,
-    record: &Record,
-    context: &Context,
-) -> Secret {
+pub fn secret(transfer: &ImageTransfer, ticket: &Ticket, number: u32, ca: &str, context: &Context) -> Secret {
     let text = |text: String| ByteString(text.into_bytes());
     let mut owner = transfer.owner_ref(&()).unwrap_or_default();
     owner.block_owner_deletion = None;
     owner.controller = None;
     Secret {
         metadata: ObjectMeta {
-            name: Some(secret_name(uid, ticket.secret)),
+            name: Some(secret_name(&ticket.transfer, number)),
             namespace: transfer.namespace(),
-            labels: Some(BTreeMap::from([(api::LABEL_BACKUP.to_owned(), record.uid.clone())])),
+            // of an upload it is empty, and there all the same: by it the policy for tickets is asked
+            labels: Some(BTreeMap::from([(api::LABEL_BACKUP.to_owned(), ticket.backup.clone())])),
             owner_references: Some(vec![owner]),
             ..ObjectMeta::default()
         },
         type_: Some(api::TICKET_SECRET_TYPE.to_owned()),
         immutable: Some(true),
         data: Some(BTreeMap::from([
-            (
-                "url".to_owned(),
-                text(format!("https://{}/images/{}", context.advertised, ticket.ticket.id.expose())),
-            ),
+            ("url".to_owned(), text(format!("https://{}/images/{}", context.advertised, ticket.id.expose()))),
             ("unixSocket".to_owned(), text(context.unix_socket.clone())),
             ("ca.crt".to_owned(), text(ca.to_owned())),
         ])),

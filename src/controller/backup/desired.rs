@@ -55,8 +55,9 @@ pub fn transfers(backup: &VmBackup) -> Vec<ImageTransfer> {
     let one = |disk: &str| ImageTransfer {
         metadata: metadata(backup, format!("{}-{disk}", backup.name_any()), owner.clone()),
         spec: ImageTransferSpec {
-            backup: backup.name_any(),
-            disk: disk.to_owned(),
+            backup: Some(backup.name_any()),
+            disk: Some(disk.to_owned()),
+            volume: None,
             direction: Direction::Download,
             format: TransferFormat::Raw,
             protocol: Protocol::Imageio,

@@ -1,0 +1,117 @@
+//! What an admin lets each namespace do beyond backing up: into which libvirt pools it may upload.
+//!
+//! A YAML file, read again whenever it is asked, so that a change of the ConfigMap it is mounted from holds at once. What is not
+//! written there is denied: without a file, or with one that cannot be read, nobody may anything. It writes nothing.
+//!
+//! ```yaml
+//! namespaces:
+//!   vms:
+//!     pools: [default]
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// Longest file that is read, in bytes: as much as a ConfigMap holds.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// Why it is not known what is allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum TenancyError {
+    /// The file cannot be read.
+    #[error("the tenancy file {}: {source}", path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It does not say what it should.
+    #[error("the tenancy file {}: {words}", path.display())]
+    Content {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        words: String,
+    },
+}
+
+/// What namespaces may do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Tenancy {
+    #[serde(default)]
+    namespaces: BTreeMap<String, Tenant>,
+}
+
+/// What one namespace may do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Tenant {
+    /// The libvirt pools, on any node, in which it may make volumes.
+    #[serde(default)]
+    pools: BTreeSet<String>,
+}
+
+impl Tenancy {
+    /// What the file says now; nothing is allowed without one.
+    ///
+    /// # Errors
+    /// When it cannot be read, or says anything else.
+    pub fn read(path: Option<&Path>) -> Result<Self, TenancyError> {
+        let Some(path) = path else { return Ok(Self::default()) };
+        let mut text = String::new();
+        let read = fs::File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_string(&mut text));
+        read.map_err(|source| TenancyError::Io { path: path.to_owned(), source })?;
+        Self::parse(&text).map_err(|words| TenancyError::Content { path: path.to_owned(), words })
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.trim().is_empty() {
+            return Ok(Self::default());
+        }
+        serde_saphyr::from_str(text)
+            .map_err(|error| error.to_string().lines().next().unwrap_or_default().to_owned())
+    }
+
+    /// Whether a namespace may make volumes in a pool. Pure.
+    pub fn allows_pool(&self, namespace: &str, pool: &str) -> bool {
+        self.namespaces.get(namespace).is_some_and(|tenant| tenant.pools.contains(pool))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_written_is_denied() {
+        let tenancy = Tenancy::parse("namespaces:\n  vms: {pools: [default, fast]}\n  other: {}\n").unwrap();
+        for (namespace, pool, allowed) in [
+            ("vms", "default", true),
+            ("vms", "fast", true),
+            ("vms", "fas", false),
+            ("vms", "", false),
+            ("other", "default", false),
+            ("", "default", false),
+        ] {
+            assert_eq!(tenancy.allows_pool(namespace, pool), allowed, "{namespace} {pool}");
+        }
+        assert!(!Tenancy::read(None).unwrap().allows_pool("vms", "default"));
+        assert_eq!(Tenancy::parse(" \n").unwrap(), Tenancy::default());
+    }
+
+    #[test]
+    fn a_file_that_says_something_else_allows_nothing_and_says_why() {
+        for text in ["namespace: {}", "namespaces: {vms: {pool: [default]}}", "namespaces: [vms]", "- x", "{"]
+        {
+            assert!(!Tenancy::parse(text).unwrap_err().is_empty(), "{text}");
+        }
+        let missing = Tenancy::read(Some(Path::new("/nonexistent/tenancy.yaml"))).unwrap_err();
+        assert!(missing.to_string().contains("/nonexistent/tenancy.yaml"), "{missing}");
+    }
+}

@@ -1,6 +1,7 @@
 //! The operator and the agents as ordinary processes, each with a service account's token of its own.
 
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -25,6 +26,13 @@ pub const ADVERTISED: &str = "127.0.0.2";
 /// The node whose agent has its certificate signed by the operator; the others make their own.
 pub const SIGNED_NODE: &str = "node-b";
 
+/// The libvirt pools into which the namespace of the VMs may upload. Tests make them, each its own; the last one nobody.
+pub const TENANT_POOLS: [&str; 5] =
+    ["uploads", "uploads-undone", "uploads-cut", "uploads-unread", "uploads-none"];
+
+/// The file, in the bed's folder, that says what namespaces may do.
+pub const TENANCY: &str = "tenancy.yaml";
+
 /// The folder with the built binaries: `VIRTMARK_BIN_DIR`, or where this executable is.
 ///
 /// # Errors
@@ -47,6 +55,10 @@ pub fn operator(dir: &Path, plane: &ControlPlane, name: &str) -> Result<Daemon> 
     let kubeconfig = account(dir, plane, "virtmark-operator", name, None)?;
     let [health] = free_ports()?;
     let health = format!("127.0.0.1:{health}");
+    let tenancy = dir.join(TENANCY);
+    let pools = json!({"namespaces": {VM_NAMESPACE: {"pools": TENANT_POOLS}}});
+    // YAML, too
+    fs::write(&tenancy, pools.to_string())?;
     let arguments = [
         "--health-listen",
         &health,
@@ -61,6 +73,8 @@ pub fn operator(dir: &Path, plane: &ControlPlane, name: &str) -> Result<Daemon> 
         "--lease-seconds",
         "5",
         "--sign-certificates",
+        "--tenancy",
+        &tenancy.to_string_lossy(),
     ];
     Daemon::start(name, &binary_dir()?.join("operator"), arguments.map(str::to_owned).to_vec(), dir)
 }

@@ -12,6 +12,10 @@ fn object(kind: &str, name: &str, spec: Value) -> Value {
     json!({"apiVersion": "virtmark.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec})
 }
 
+fn upload(volume: &str, size: u64) -> Value {
+    json!({"direction": "Upload", "volume": {"nodeName": "n", "pool": "p", "name": volume, "size": size}})
+}
+
 #[test]
 fn good_objects_are_taken_and_bad_ones_refused_with_words() -> Result<()> {
     let bed = Bed::from_env()?;
@@ -31,13 +35,18 @@ fn good_objects_are_taken_and_bad_ones_refused_with_words() -> Result<()> {
         ("VmBackup", "bad", json!({"vm": "db01", "quiesce": {"timeoutSeconds": 61}}), Some("timeoutSeconds")),
         ("VmBackup", &long, json!({"vm": "db01"}), Some("at most 180")),
         ("ImageTransfer", "ok", json!({"backup": "b", "disk": "vda"}), None),
-        ("ImageTransfer", "bad", json!({"backup": "b"}), Some("spec.disk: Required")),
+        ("ImageTransfer", "bad", json!({"backup": "b"}), Some("a download names a backup and a disk")),
         (
             "ImageTransfer",
             "bad",
             json!({"backup": "b", "disk": "vda", "direction": "Upload"}),
-            Some("Unsupported"),
+            Some("an upload names a new volume"),
         ),
+        ("ImageTransfer", "ok", upload("db01-vda.qcow2", 512), None),
+        ("ImageTransfer", "bad", upload("../../etc/passwd", 512), Some("spec.volume.name")),
+        ("ImageTransfer", "bad", upload(".hidden", 512), Some("spec.volume.name")),
+        ("ImageTransfer", "bad", upload("x", 513), Some("multiple of 512")),
+        ("ImageTransfer", "bad", upload("x", 0), Some("spec.volume.size")),
         (
             "ImageTransfer",
             "bad",

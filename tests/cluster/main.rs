@@ -22,3 +22,4 @@ mod reasons;
 mod refusals;
 mod rig;
 mod transfers;
+mod uploads;

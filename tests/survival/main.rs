@@ -28,6 +28,10 @@ mod restored;
 #[allow(dead_code, reason = "the cluster tests use the rest")]
 mod rig;
 mod two_operators;
+mod uploads;
+#[path = "../cluster/uploads.rs"]
+#[allow(dead_code, reason = "the cluster tests use the rest")]
+mod uploads_of_cluster;
 mod wishes;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

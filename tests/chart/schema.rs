@@ -50,6 +50,11 @@ fn refused() -> Vec<(Value, &'static str)> {
         (json!({"libvirt": {"uri": "qemu+ssh://other/system"}}), "/libvirt/uri"),
         (json!({"libvirt": {"socketDir": "run/libvirt"}}), "/libvirt/socketDir"),
         (json!({"log": {"format": "xml"}}), "/log/format"),
+        (json!({"tenancy": {"namespaces": {"vms": {"pool": ["default"]}}}}), "pool"),
+        (
+            json!({"tenancy": {"namespaces": {"vms": {"pools": ["../etc"]}}}}),
+            "/tenancy/namespaces/vms/pools/0",
+        ),
         (json!({"uninstall": {"cancelBackupsSeconds": -1}}), "/uninstall/cancelBackupsSeconds"),
         (json!({"networkPolicy": {"clients": [{}]}}), "/networkPolicy/clients/0"),
         (json!({"rbac": {"aggregateBackupTo": ["view"]}}), "/rbac/aggregateBackupTo/0"),

@@ -65,6 +65,7 @@ fn others() -> Vec<(&'static str, Value)> {
         ("/tls/issuer", json!("Signer")),
         ("/tls/trust", json!("SystemTrust")),
         ("/scratchLimitMib", json!(1_048_576)),
+        ("/tenancy/namespaces", json!({"vms": {"pools": ["default"]}})),
         ("/seLinuxOptions", json!({"type": "spc_t"})),
     ]
 }

@@ -139,6 +139,8 @@ reasons! {
     PoolNotAllowed Never "ImageTransfer", "have an admin allow the pool for this namespace (the chart's tenancy)",
     /// The node has no such pool, or it is not active, or of a type or in a folder that cannot be used.
     PoolNotUsable Never "ImageTransfer", "name an active pool of type dir, fs or netfs in a folder of agent.imageDirs",
+    /// The pool may not have room for the volume beside what was promised to others.
+    PoolSpaceLow Never "ImageTransfer", "free space in the pool, or name another one",
     /// The pool has a volume of this name, or another upload makes one.
     VolumeExists Never "ImageTransfer", "take another name, or delete the volume; nothing of it was changed",
     /// The backup was not Ready within startDeadlineSeconds.

@@ -27,8 +27,8 @@ pub const ADVERTISED: &str = "127.0.0.2";
 pub const SIGNED_NODE: &str = "node-b";
 
 /// The libvirt pools into which the namespace of the VMs may upload. Tests make them, each its own; the last one nobody.
-pub const TENANT_POOLS: [&str; 5] =
-    ["uploads", "uploads-undone", "uploads-cut", "uploads-unread", "uploads-none"];
+pub const TENANT_POOLS: [&str; 6] =
+    ["uploads", "uploads-undone", "uploads-small", "uploads-cut", "uploads-unread", "uploads-none"];
 
 /// The file, in the bed's folder, that says what namespaces may do.
 pub const TENANCY: &str = "tenancy.yaml";

@@ -180,11 +180,6 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
                     }
                     // what left the watch while it was down left without a word: ask, once in a while
                     keep(&kept, round.is_multiple_of(DOUBT)).await;
-                    if round % DOUBT == 1
-                        && let Err(error) = upload::clean_gone(&kept).await
-                    {
-                        tracing::warn!(%error, "uploads may be left whose objects are gone");
-                    }
                 }
                 Some(uid) = gone.next() => {
                     if let Some(live) = kept.registry.find(&uid) {
@@ -222,6 +217,7 @@ async fn work(config: Config, stop: CancellationToken, health: &Arc<Health>) -> 
         }
         () = cordon::follow(&context) => {}
         () = scratch::watch(&context) => {}
+        () = upload::follow(&context) => {}
         () = health::watch(&context) => {}
         () = context.certificate.follow(&health.certificate) => {}
         () = survey::watch(&context, look_every, looked_at) => {}

@@ -88,7 +88,7 @@ pub struct ImageTransferSpec {
         .message("state goes one way: Running or Paused, Finalized, Cancelled"))]
     pub state: TransferState,
     /// Seconds without any request on the ticket after which timeoutPolicy is obeyed. Unset: as long as the backup lives, which
-    /// has a clientIdleSeconds of its own.
+    /// has a clientIdleSeconds of its own; of an upload a day.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 2_592_000))]
     pub inactivity_timeout_seconds: Option<i32>,

@@ -17,6 +17,7 @@ use super::backup::resolve::NodeHealth;
 use super::heartbeats::Heartbeat;
 use super::metrics::Vm;
 use super::nodes;
+use super::tenancy::{Tenancy, TenancyError};
 use crate::api::conditions;
 use crate::api::{self, DomainSighting, ImageTransfer, LibvirtDomain, VmBackup, VmCheckpoint};
 use crate::clock;
@@ -185,6 +186,19 @@ impl Context {
         }
         let node = Api::<Node>::all(self.client.clone()).get_opt(name).await?;
         Ok(node.map_or(NodeHealth::Gone, |node| nodes::health(&node)))
+    }
+
+    /// What namespaces may do beyond backing up, as the admin's file says now.
+    ///
+    /// # Errors
+    /// When it cannot be read, or says anything else.
+    pub async fn tenancy(&self) -> Result<Tenancy, TenancyError> {
+        let path = self.tenancy.as_deref();
+        let read = match path {
+            Some(path) => tokio::fs::read_to_string(path).await,
+            None => Ok(String::new()),
+        };
+        Tenancy::said(path, read)
     }
 
     /// Whether the agent of a node says that it lives.

@@ -1,7 +1,7 @@
 //! What an admin lets each namespace do beyond backing up: into which libvirt pools it may upload.
 //!
 //! A YAML file, read again whenever it is asked, so that a change of the ConfigMap it is mounted from holds at once. What is not
-//! written there is denied: without a file, or with one that cannot be read, nobody may anything. It writes nothing.
+//! written there is denied: without a file, or with one that cannot be read, nobody may anything. Pure: others read the file.
 //!
 //! ```yaml
 //! namespaces:
@@ -10,14 +10,10 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-
-/// Longest file that is read, in bytes: as much as a ConfigMap holds.
-const MAX_BYTES: u64 = 1 << 20;
 
 /// Why it is not known what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -58,15 +54,13 @@ struct Tenant {
 }
 
 impl Tenancy {
-    /// What the file says now; nothing is allowed without one.
+    /// What the file at `path` says, whose content was read now; nothing is allowed without one. Pure.
     ///
     /// # Errors
-    /// When it cannot be read, or says anything else.
-    pub fn read(path: Option<&Path>) -> Result<Self, TenancyError> {
+    /// When it could not be read, or says anything else.
+    pub fn said(path: Option<&Path>, read: io::Result<String>) -> Result<Self, TenancyError> {
         let Some(path) = path else { return Ok(Self::default()) };
-        let mut text = String::new();
-        let read = fs::File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_string(&mut text));
-        read.map_err(|source| TenancyError::Io { path: path.to_owned(), source })?;
+        let text = read.map_err(|source| TenancyError::Io { path: path.to_owned(), source })?;
         Self::parse(&text).map_err(|words| TenancyError::Content { path: path.to_owned(), words })
     }
 
@@ -101,7 +95,7 @@ mod tests {
         ] {
             assert_eq!(tenancy.allows_pool(namespace, pool), allowed, "{namespace} {pool}");
         }
-        assert!(!Tenancy::read(None).unwrap().allows_pool("vms", "default"));
+        assert!(!Tenancy::said(None, Ok(String::new())).unwrap().allows_pool("vms", "default"));
         assert_eq!(Tenancy::parse(" \n").unwrap(), Tenancy::default());
     }
 
@@ -111,7 +105,8 @@ mod tests {
         {
             assert!(!Tenancy::parse(text).unwrap_err().is_empty(), "{text}");
         }
-        let missing = Tenancy::read(Some(Path::new("/nonexistent/tenancy.yaml"))).unwrap_err();
-        assert!(missing.to_string().contains("/nonexistent/tenancy.yaml"), "{missing}");
+        let missing =
+            Tenancy::said(Some(Path::new("/t.yaml")), Err(io::ErrorKind::NotFound.into())).unwrap_err();
+        assert!(missing.to_string().contains("/t.yaml"), "{missing}");
     }
 }

@@ -12,7 +12,6 @@ use kube::{Api, ResourceExt as _};
 
 use super::backup::resolve::NodeHealth;
 use super::context::{Parting, is_host_clean, parting};
-use super::tenancy::Tenancy;
 use super::{Context, OperatorError, upload};
 use crate::api::conditions::{self, Observation};
 use crate::api::{self, ImageTransfer, ImageTransferStatus, NewVolume, Phase, TransferState, VmBackup};
@@ -27,7 +26,10 @@ const SAFETY_NET: Duration = Duration::from_secs(60);
 /// Whether a transfer was made with a backup that is gone: a later one of the same name makes its own. Pure.
 fn is_orphan(transfer: &ImageTransfer, backup: Option<&VmBackup>) -> bool {
     let made_for = transfer.labels().get(api::LABEL_BACKUP);
-    made_for.is_some() && made_for != backup.and_then(|backup| backup.metadata.uid.as_ref())
+    // an upload is made with none, whatever its labels say
+    transfer.spec.volume.is_none()
+        && made_for.is_some()
+        && made_for != backup.and_then(|backup| backup.metadata.uid.as_ref())
 }
 
 /// What the operator makes of a transfer that is not bound. Pure.
@@ -177,7 +179,7 @@ async fn place_upload(
     volume: &NewVolume,
     context: &Context,
 ) -> Result<Result<(String, Option<String>, Because), (Phase, Because)>, OperatorError> {
-    let tenancy = Tenancy::read(context.tenancy.as_deref());
+    let tenancy = context.tenancy().await;
     let node = context.node_health(&volume.node_name).await?;
     let answers = context.agent_answers(&volume.node_name).await?;
     let placed = upload::place(transfer, volume, &tenancy, node, answers);

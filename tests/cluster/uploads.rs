@@ -108,11 +108,13 @@ fn what_is_uploaded_becomes_a_volume() -> Result<()> {
 #[test]
 fn what_may_not_be_is_refused_and_nothing_is_made() -> Result<()> {
     let rig = Rig::running("refused-up", small())?;
+    pool(rig.vm.hypervisor(), "uploads-small")?;
     let node = rig.vm.hypervisor().name.as_str();
     for (number, (spec, reason, words)) in [
         (upload(node, "not-ours", "v", json!({})), "PoolNotAllowed", "tenancy"),
         (upload("node-z", "uploads-none", "v", json!({})), "NodeLost", "no node node-z"),
         (upload(node, "uploads-none", "v", json!({})), "PoolNotUsable", "no pool uploads-none"),
+        (upload(node, "uploads-small", "v", json!({"size": 1_u64 << 50})), "PoolSpaceLow", "has room for"),
     ]
     .into_iter()
     .enumerate()
@@ -186,6 +188,20 @@ fn of_what_does_not_succeed_nothing_is_left() -> Result<()> {
     rig.state("imagetransfer", "undone-corrupt", "Finalized")?;
     rig.phase("imagetransfer", "undone-corrupt", "Failed")?;
     rig.reason("imagetransfer", "undone-corrupt", "ImageCorrupt")?;
+    left(&folder, &["c"])?;
+
+    // a raw disk that libvirt would take for an overlay of any file of the host
+    let header = rig.files.path().join("header.raw");
+    let create = ["create", "-q", "-f", "qcow2", "-u", "-b", "/etc/passwd", "-F", "raw"];
+    ensure!(Command::new("qemu-img").args(create).arg(&header).arg("32M").status()?.success());
+    File::options().write(true).open(&header)?.set_len(32 * MIB)?;
+    rig.transfer("undone-raw", &upload(&node.name, "uploads-undone", "f", json!({"format": "raw"})))?;
+    let posed = header.to_string_lossy().into_owned();
+    assert_eq!(rig.ticket("undone-raw")?.curl(&["-T", &posed])?, "200");
+    rig.state("imagetransfer", "undone-raw", "Finalized")?;
+    rig.phase("imagetransfer", "undone-raw", "Failed")?;
+    let message = rig.reason("imagetransfer", "undone-raw", "ImageCorrupt")?;
+    ensure!(message.contains("looks like qcow2"), "{message}");
     left(&folder, &["c"])?;
 
     // the storage ends in the middle

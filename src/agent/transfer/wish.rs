@@ -13,6 +13,9 @@ use std::time::Duration;
 use crate::api::{ImageTransfer, Phase, TimeoutPolicy, TransferState};
 use crate::reason::{Because, Reason};
 
+/// Seconds without a request after which an upload ends that says nothing of it: a day. It has no backup that ends.
+const UPLOAD_SECONDS: i32 = 86_400;
+
 /// What is wanted of a transfer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wish {
@@ -43,8 +46,9 @@ pub fn wish(transfer: &ImageTransfer, idle: Option<Duration>) -> Wish {
         }
         TransferState::Paused => Wish::Pause(Because::new(Reason::Paused, "the user paused it")),
         TransferState::Running => {
-            let Some(bound) = transfer.spec.inactivity_timeout_seconds.and_then(|s| u64::try_from(s).ok())
-            else {
+            let of_upload = transfer.spec.volume.as_ref().map(|_| UPLOAD_SECONDS);
+            let bound = transfer.spec.inactivity_timeout_seconds.or(of_upload);
+            let Some(bound) = bound.and_then(|seconds| u64::try_from(seconds).ok()) else {
                 return Wish::Open;
             };
             let paused = status.filter(|status| status.phase == Phase::Paused);

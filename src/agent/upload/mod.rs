@@ -10,6 +10,7 @@ mod volume;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::runtime::controller::Action as Requeue;
@@ -17,11 +18,11 @@ use kube::{Api, ResourceExt as _};
 
 use self::record::Next;
 pub use self::record::{Stage, Upload};
-use self::server::Server;
+use self::server::{Server, ServerError};
 use self::volume::VolumeError;
 use super::backup::act::HostError;
 use super::context::DRAIN;
-use super::state::StateDir;
+use super::state::{StateDir, StateError};
 use super::transfer::status::{Observed, Standing};
 use super::transfer::{SOON, Wish, api, secret, secret_name, wish, write};
 use super::{AgentError, Context};
@@ -31,11 +32,24 @@ use crate::cluster;
 use crate::imageio::{Access, Coverage, End, SharedCoverage, Ticket, TicketId};
 use crate::reason::{Because, Reason};
 
-/// The servers of the volumes that are being uploaded, each held by whoever works on its upload.
+/// The servers of the volumes that are being uploaded, each locked by whoever works on its upload.
 #[derive(Debug, Default)]
 pub struct Uploads(Mutex<HashMap<String, Arc<Slot>>>);
 
-type Slot = tokio::sync::Mutex<Option<Server>>;
+type Slot = tokio::sync::Mutex<Option<Serving>>;
+
+/// A volume that is served, and what was written of it.
+#[derive(Debug)]
+struct Serving {
+    server: Server,
+    coverage: Arc<SharedCoverage>,
+}
+
+/// How often it is looked for uploads whose transfers are gone.
+const DOUBT: Duration = Duration::from_secs(60);
+
+/// How soon it is looked again whether a server has ended.
+const AGAIN: Duration = Duration::from_millis(20);
 
 impl Uploads {
     fn slot(&self, uid: &str) -> Arc<Slot> {
@@ -48,7 +62,7 @@ impl Uploads {
     }
 }
 
-/// Ends the servers that an earlier process of this agent left. Blocks.
+/// Ends the servers that an earlier process of this agent left. It does not wait for their end.
 ///
 /// # Errors
 /// When the state directory cannot be read.
@@ -76,14 +90,23 @@ pub async fn reconcile(
         context.uploads.forget(uid);
         return Ok(Requeue::await_change());
     }
+    if volume.node_name != context.node {
+        return Ok(Requeue::await_change());
+    }
     let slot = context.uploads.slot(uid);
-    let mut server = slot.lock().await;
+    let mut serving = slot.lock().await;
     let wish = || wish(transfer, context.tickets.stats(uid).map(|stats| stats.idle));
+    let mut transferred = None;
     let standing = loop {
         let wanted = wish();
-        let mut upload = match state.upload(uid)? {
-            Some(upload) => upload,
-            None => match plan(transfer, uid, old, volume, &wanted, context).await? {
+        let mut upload = match state.upload(uid) {
+            Ok(Some(upload)) => upload,
+            Err(error @ (StateError::Content { .. } | StateError::Foreign { .. })) => {
+                let why = format!("{error}: a file .virtmark-{uid}.partial may be left in the pool");
+                break Standing::Ended(Phase::Failed, Because::new(Reason::UploadInterrupted, why));
+            }
+            Err(error) => return Err(error.into()),
+            Ok(None) => match plan(transfer, uid, old, volume, &wanted, context).await? {
                 Ok(upload) => upload,
                 Err(because) => {
                     let cancelled = matches!(because.reason, Reason::Cancelled | Reason::TransferInactive);
@@ -92,7 +115,7 @@ pub async fn reconcile(
                 }
             },
         };
-        let next = upload.stage.next(&wanted, interrupted(server.as_mut()).await);
+        let next = upload.stage.next(&wanted, interrupted(serving.as_mut()), old.phase.is_terminal());
         let closes = match &next {
             Next::Close | Next::Discard(..) => !matches!(upload.stage, Stage::Discarding(..)),
             Next::Pause(_) => old.phase != Phase::Paused,
@@ -102,8 +125,12 @@ pub async fn reconcile(
         if closes && (!cluster::is_newest(&api(transfer, context), transfer).await? || wish() != wanted) {
             return Ok(Requeue::requeue(SOON));
         }
+        // a request that goes on would be cut
+        if next == Next::Close && context.tickets.moves(uid, DRAIN) {
+            return Ok(Requeue::requeue(SOON));
+        }
         match next {
-            Next::Answer => break answer(transfer, old, &mut upload, context).await?,
+            Next::Answer => break answer(transfer, old, &mut upload, serving.as_ref(), context).await?,
             Next::Pause(because) => {
                 context.tickets.end(uid, End::Paused);
                 break Standing::Paused(because);
@@ -112,14 +139,19 @@ pub async fn reconcile(
             Next::Discard(phase, because) => {
                 upload.stage = Stage::Discarding(phase, because.clone());
                 state.store_upload(&upload)?;
-                discard(&upload, server.take(), context).await?;
+                discard(&upload, serving.take(), context).await?;
                 upload.stage = Stage::Ended(phase, because);
             }
-            Next::Make => take(&mut upload, make(uid, &mut server, context).await?, Stage::Open),
+            Next::Make => {
+                let made = make(&mut upload, context).await?;
+                let made = made.map(|made| *serving = Some(made));
+                take(&mut upload, made, Stage::Open);
+            }
             Next::Close => {
                 upload.stage = Stage::Closing;
                 state.store_upload(&upload)?;
-                take(&mut upload, close(uid, server.take(), context).await, Stage::Closed);
+                transferred = serving.as_ref().map(|serving| serving.coverage.transferred());
+                take(&mut upload, close(uid, serving.take(), context).await, Stage::Closed);
             }
             Next::Publish => {
                 let published = publish(&upload, context).await?;
@@ -129,8 +161,8 @@ pub async fn reconcile(
         tracing::info!(transfer = uid, volume = upload.volume, stage = ?upload.stage, "upload");
         state.store_upload(&upload)?;
     };
-    drop(server);
-    let transferred = context.tickets.stats(uid).map(|stats| stats.transferred);
+    let transferred = serving.as_ref().map(|serving| serving.coverage.transferred()).or(transferred);
+    drop(serving);
     let done = matches!(standing, Standing::Ended(Phase::Succeeded, _));
     let observed = Observed {
         generation: transfer.metadata.generation,
@@ -153,10 +185,10 @@ fn take(upload: &mut Upload, done: Result<(), Because>, then: Stage) {
 }
 
 /// Why the server of the volume is not the one that was begun, where it is not.
-async fn interrupted(server: Option<&mut Server>) -> Option<Because> {
-    let why = match server {
+fn interrupted(serving: Option<&mut Serving>) -> Option<Because> {
+    let why = match serving {
         None => "the agent was started anew in the middle of the upload".to_owned(),
-        Some(server) => server.interrupted().await?.to_string(),
+        Some(serving) => serving.server.interrupted()?.to_string(),
     };
     Some(Because::new(Reason::UploadInterrupted, format!("{why}: what was written last may be lost")))
 }
@@ -179,18 +211,22 @@ async fn plan(
         return Ok(Err(Because::new(Reason::UploadInterrupted, why)));
     }
     let state = &context.host.state;
-    for other in state.uploads()?.iter().filter_map(|other| state.upload(other).ok().flatten()) {
-        let goes_on = !matches!(other.stage, Stage::Succeeded | Stage::Ended(..));
-        if goes_on && (&other.pool, &other.volume) == (&volume.pool, &volume.name) {
+    let others = state.uploads()?.into_iter().filter_map(|other| state.upload(&other).ok().flatten());
+    let going_on = others.filter(|other| !matches!(other.stage, Stage::Succeeded | Stage::Ended(..)));
+    let mut promised = 0_u64;
+    for other in going_on.filter(|other| other.pool == volume.pool) {
+        promised = promised.saturating_add(other.size);
+        if other.volume == volume.name {
             let why = format!("another upload makes volume {} in pool {}", volume.name, volume.pool);
             return Ok(Err(Because::new(Reason::VolumeExists, why)));
         }
     }
     let (host, wanted) = (context.host.clone(), volume.clone());
-    let folder = match settled(context.blocking(move || Ok(volume::folder(&host, &wanted))).await?)? {
-        Ok(folder) => folder,
-        Err(because) => return Ok(Err(because)),
-    };
+    let (folder, place) =
+        match settled(context.blocking(move || Ok(volume::folder(&host, &wanted, promised))).await?)? {
+            Ok(found) => found,
+            Err(because) => return Ok(Err(because)),
+        };
     let size = u64::try_from(volume.size).unwrap_or_default();
     let upload = Upload {
         uid: uid.to_owned(),
@@ -198,6 +234,8 @@ async fn plan(
         name: transfer.name_any(),
         pool: volume.pool.clone(),
         folder,
+        place,
+        file: None,
         volume: volume.name.clone(),
         format: volume.format,
         size,
@@ -214,6 +252,7 @@ async fn plan(
             filename: None,
         },
         secret: 1,
+        announced: false,
     };
     state.store_upload(&upload)?;
     Ok(Ok(upload))
@@ -234,28 +273,16 @@ fn hypervisor(error: &dyn std::error::Error) -> Because {
 }
 
 /// Makes the volume, and serves it.
-async fn make(
-    uid: &str,
-    server: &mut Option<Server>,
-    context: &Context,
-) -> Result<Result<(), Because>, AgentError> {
-    let state = &context.host.state;
-    let Some(upload) = state.upload(uid)? else { return Ok(Ok(())) };
-    let run = state.make_run(uid)?;
-    let made = {
-        let upload = upload.clone();
-        context.blocking(move || Ok(volume::make(&upload))).await?
-    };
-    if let Err(error) = made {
-        return Ok(Err(hypervisor(&error)));
+async fn make(upload: &mut Upload, context: &Context) -> Result<Result<Serving, Because>, AgentError> {
+    let run = context.host.state.make_run(&upload.uid)?;
+    let planned = upload.clone();
+    match context.blocking(move || Ok(volume::make(&planned))).await? {
+        Ok(file) => upload.file = Some(file),
+        Err(error) => return Ok(Err(hypervisor(&error))),
     }
-    Ok(match Server::start(&upload.partial(), upload.format, &run).await {
-        Ok(started) => {
-            *server = Some(started);
-            Ok(())
-        }
-        Err(error) => Err(hypervisor(&error)),
-    })
+    let started = Server::start(&upload.partial(), upload.format, &run).await;
+    let coverage = SharedCoverage::new(Coverage::new(upload.size));
+    Ok(started.map(|server| Serving { server, coverage }).map_err(|error| hypervisor(&error)))
 }
 
 /// Has the ticket answer, and tells of it in a Secret.
@@ -263,6 +290,7 @@ async fn answer(
     transfer: &ImageTransfer,
     old: &ImageTransferStatus,
     upload: &mut Upload,
+    serving: Option<&Serving>,
     context: &Context,
 ) -> Result<Standing, AgentError> {
     let uid = upload.uid.clone();
@@ -277,31 +305,35 @@ async fn answer(
     };
     if !told {
         let secrets = Api::<Secret>::namespaced(context.client.clone(), &upload.namespace);
-        // one of that number that is there may be of a ticket that was lost
-        while !cluster::create(
-            &secrets,
-            &secret(transfer, &upload.ticket, upload.secret, &ca, context),
-            AGENT,
-        )
-        .await?
-        {
-            upload.secret += 1;
+        loop {
+            // stored first: a Secret of this number that is there already is then known to be ours
+            let ours = std::mem::replace(&mut upload.announced, true);
             context.host.state.store_upload(upload)?;
+            let secret = secret(transfer, &upload.ticket, upload.secret, &ca, context);
+            if cluster::create(&secrets, &secret, AGENT).await? || ours {
+                break;
+            }
+            // of a ticket that was lost
+            (upload.secret, upload.announced) = (upload.secret + 1, false);
         }
     }
-    let coverage = SharedCoverage::new(Coverage::new(upload.size));
-    context.tickets.add(upload.ticket.clone(), coverage);
+    if let Some(serving) = serving {
+        context.tickets.add(upload.ticket.clone(), Arc::clone(&serving.coverage));
+    }
     Ok(open(upload.secret))
 }
 
 /// Puts all that was written on the disk, and ends the server: from here on nothing can reach the volume.
-async fn close(uid: &str, server: Option<Server>, context: &Context) -> Result<(), Because> {
+async fn close(uid: &str, serving: Option<Serving>, context: &Context) -> Result<(), Because> {
     context.tickets.end(uid, End::Removed);
-    let cut = context.tickets.drained(uid, DRAIN).await;
+    let drained = context.tickets.drained(uid, DRAIN).await;
     let interrupted = |why: String| Because::new(Reason::UploadInterrupted, why);
-    let Some(server) = server else { return Err(interrupted("its server is gone".to_owned())) };
-    if !cut {
-        server.kill().await;
+    let Some(Serving { server, .. }) = serving else {
+        return Err(interrupted("its server is gone".to_owned()));
+    };
+    if !drained {
+        // it ends with its last connection
+        drop(server);
         return Err(interrupted(format!("the volume's storage did not answer for {} s", DRAIN.as_secs())));
     }
     server.close().await.map_err(|error| interrupted(error.to_string()))
@@ -320,18 +352,25 @@ async fn publish(upload: &Upload, context: &Context) -> Result<Result<(), Becaus
         }
         Ok(named)
     });
-    settled(named.await?)
+    match named.await? {
+        Ok(()) => Ok(Ok(())),
+        Err(VolumeError::Refused(because)) => Ok(Err(because)),
+        // all bytes are on the disk, and maybe under their name: only the volume itself is a reason to remove it
+        Err(VolumeError::Host(error)) => Err(error.into()),
+    }
 }
 
 /// Removes what there is of an upload on the host.
-async fn discard(upload: &Upload, server: Option<Server>, context: &Context) -> Result<(), AgentError> {
+async fn discard(upload: &Upload, serving: Option<Serving>, context: &Context) -> Result<(), AgentError> {
     let uid = &upload.uid;
     context.tickets.end(uid, End::Canceled);
     if !context.tickets.drained(uid, DRAIN).await {
         tracing::warn!(transfer = uid, "requests on an ended ticket go on");
     }
-    if let Some(server) = server {
-        server.kill().await;
+    if let Some(Serving { server, .. }) = serving
+        && let Err(error) = server.kill().await
+    {
+        tracing::warn!(transfer = uid, %error, "its storage holds it");
     }
     let (upload, host) = (upload.clone(), context.host.clone());
     let cleaned = context.blocking(move || {
@@ -343,35 +382,58 @@ async fn discard(upload: &Upload, server: Option<Server>, context: &Context) -> 
 }
 
 fn remove(upload: &Upload, run: &Path) -> Result<(), HostError> {
-    server::end_leftover(run);
+    let begun = Instant::now();
+    while server::end_leftover(run) {
+        if begun.elapsed() > DRAIN {
+            let source = std::io::Error::other(ServerError::Lingers);
+            return Err(HostError::Io { path: upload.partial(), source });
+        }
+        std::thread::sleep(AGAIN);
+    }
     volume::remove(upload)
 }
 
-/// Removes uploads whose transfers are gone without a word: deleted by force.
-///
-/// # Errors
-/// When the API server cannot be asked, or something cannot be removed.
-pub async fn clean_gone(context: &Context) -> Result<(), AgentError> {
-    let state = &context.host.state;
-    for uid in state.uploads()? {
-        let slot = context.uploads.slot(&uid);
-        let mut server = slot.lock().await;
-        let Some(upload) = state.upload(&uid)? else { continue };
-        let transfers = Api::<ImageTransfer>::namespaced(context.client.clone(), &upload.namespace);
-        let found = transfers.get_opt(&upload.name).await?;
-        if found.is_some_and(|found| found.uid().as_ref() == Some(&uid)) {
-            continue;
+/// Removes uploads whose transfers are gone without a word, deleted by force: for ever.
+pub async fn follow(context: &Context) {
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + SOON, DOUBT);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let uids = context.host.state.uploads().unwrap_or_else(|error| {
+            tracing::warn!(%error, "it is not known which uploads there are");
+            Vec::new()
+        });
+        for uid in uids {
+            if let Err(error) = clean_gone(&uid, context).await {
+                tracing::warn!(transfer = uid, %error, "an upload may be left whose object is gone");
+            }
         }
-        tracing::warn!(
-            transfer = uid,
-            volume = upload.volume,
-            "its ImageTransfer is gone: what is left is removed"
-        );
-        if !matches!(upload.stage, Stage::Succeeded | Stage::Ended(..)) {
-            discard(&upload, server.take(), context).await?;
-        }
-        state.forget_upload(&uid)?;
-        context.uploads.forget(&uid);
     }
+}
+
+async fn clean_gone(uid: &str, context: &Context) -> Result<(), AgentError> {
+    let state = &context.host.state;
+    let slot = context.uploads.slot(uid);
+    // locked means busy: its reconciler sees to it
+    let Ok(mut serving) = slot.try_lock() else { return Ok(()) };
+    let Some(upload) = state.upload(uid)? else {
+        context.uploads.forget(uid);
+        return Ok(());
+    };
+    let transfers = Api::<ImageTransfer>::namespaced(context.client.clone(), &upload.namespace);
+    let found = transfers.get_opt(&upload.name).await?;
+    if found.is_some_and(|found| found.uid().as_deref() == Some(uid)) {
+        return Ok(());
+    }
+    tracing::warn!(
+        transfer = uid,
+        volume = upload.volume,
+        "its ImageTransfer is gone: what is left is removed"
+    );
+    if !matches!(upload.stage, Stage::Succeeded | Stage::Ended(..)) {
+        discard(&upload, serving.take(), context).await?;
+    }
+    state.forget_upload(uid)?;
+    context.uploads.forget(uid);
     Ok(())
 }

@@ -34,6 +34,10 @@ pub struct Upload {
     pub pool: String,
     /// The pool's folder.
     pub folder: PathBuf,
+    /// Which folder that is: another one, an empty mount point say, has other files.
+    pub place: Inode,
+    /// Which file the volume is, once it is made.
+    pub file: Option<Inode>,
     /// The name of the volume.
     pub volume: String,
     /// Its format.
@@ -46,7 +50,12 @@ pub struct Upload {
     pub ticket: Ticket,
     /// Which of the transfer's Secrets has it.
     pub secret: u32,
+    /// That Secret may have been made.
+    pub announced: bool,
 }
+
+/// A file or a folder, whatever its name: its device and its number there.
+pub type Inode = (u64, u64);
 
 /// How far an upload went.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,11 +97,13 @@ pub enum Next {
 
 impl Stage {
     /// What is to be done next. `interrupted`: why the server of the volume is not the one that was begun, where it is not.
-    pub fn next(&self, wish: &Wish, interrupted: Option<Because>) -> Next {
+    /// `is_over`: it was told already that it ended, for its node was lost.
+    pub fn next(&self, wish: &Wish, interrupted: Option<Because>, is_over: bool) -> Next {
         match (self, wish) {
             (Self::Succeeded, _) => Next::Tell(Phase::Succeeded, done()),
             (Self::Ended(phase, because), _) => Next::Tell(*phase, because.clone()),
             (Self::Discarding(phase, because), _) => Next::Discard(*phase, because.clone()),
+            (Self::Closed, Wish::End(phase, because)) if is_over => Next::Discard(*phase, because.clone()),
             // the client said that it is done, and it is: a change of mind comes too late
             (Self::Closed, _) => Next::Publish,
             (_, Wish::End(phase @ Phase::Cancelled, because)) => Next::Discard(*phase, because.clone()),
@@ -118,7 +129,7 @@ impl Upload {
     }
 
     /// The volume's file.
-    pub fn file(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.folder.join(&self.volume)
     }
 
@@ -189,7 +200,7 @@ mod tests {
             for ((dies, fails), wish) in rounds.into_iter().zip(wishes) {
                 lost = (lost || dies) && matches!(stage, Stage::Open | Stage::Closing);
                 let interrupted = lost.then(|| why(Reason::UploadInterrupted));
-                let next = stage.next(&wish, interrupted);
+                let next = stage.next(&wish, interrupted, false);
                 prop_assert!(!lost || matches!(next, Next::Discard(..)), "{stage:?} {next:?}");
                 let then = after(&stage, &next, fails);
                 if matches!(stage, Stage::Succeeded | Stage::Ended(..)) {
@@ -205,7 +216,7 @@ mod tests {
         /// Nothing is removed, and no end told, that nobody wanted or that did not go wrong.
         #[test]
         fn nothing_is_removed_for_nothing(stage in stages(), wish in wishes()) {
-            if let Next::Discard(..) = stage.next(&wish, None) {
+            if let Next::Discard(..) = stage.next(&wish, None, false) {
                 let wanted = matches!(wish, Wish::End(Phase::Cancelled, _));
                 prop_assert!(wanted || matches!(stage, Stage::Discarding(..)));
             }

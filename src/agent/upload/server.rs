@@ -4,13 +4,12 @@
 //! goes without having closed it cannot know that all was flushed. It decides nothing, and never serves an image twice.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
 
@@ -24,11 +23,12 @@ const START: Duration = Duration::from_secs(30);
 const END: Duration = Duration::from_secs(60);
 /// How soon to try again.
 const AGAIN: Duration = Duration::from_millis(20);
-/// What it says that is kept.
-const WORDS: usize = 512;
+/// Bytes of its words that are read.
+const LONGEST: u64 = 4096;
 
 const SOCKET: &str = "nbd.sock";
 const PID: &str = "qemu-nbd.pid";
+const WORDS: &str = "qemu-nbd.log";
 
 /// Why a volume is not served.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +57,8 @@ pub enum ServerError {
 pub struct Server {
     process: Child,
     keeper: Client,
+    /// The file with its words.
+    said: PathBuf,
 }
 
 /// Where the server in this folder answers.
@@ -74,24 +76,30 @@ impl Server {
         let mut command = Command::new("qemu-nbd");
         command.args(["--shared=0", "--discard=unmap", "--cache=writeback", "--format", format.as_str()]);
         command.arg("--socket").arg(&export.socket).arg("--pid-file").arg(run.join(PID)).arg(image);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        let said = run.join(WORDS);
+        let errors = fs::File::create(&said).map_err(ServerError::Run)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).kill_on_drop(true);
         let mut process = command.spawn().map_err(ServerError::Run)?;
         let begun = Instant::now();
         loop {
-            if let Some(ended) = ended(&mut process).await? {
+            if let Some(ended) = ended(&mut process, &said)? {
                 return Err(ended);
             }
             match Client::connect_to_write(&export).await {
-                Ok(keeper) => return Ok(Self { process, keeper }),
-                Err(NbdError::Connect { .. }) if begun.elapsed() < START => sleep(AGAIN).await,
+                Ok(keeper) => return Ok(Self { process, keeper, said }),
+                Err(NbdError::Connect { .. } | NbdError::ConnectTimeout { .. })
+                    if begun.elapsed() < START =>
+                {
+                    sleep(AGAIN).await
+                }
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
     /// Why it does not serve any more, when it does not.
-    pub async fn interrupted(&mut self) -> Option<ServerError> {
-        ended(&mut self.process).await.unwrap_or_else(Some)
+    pub fn interrupted(&mut self) -> Option<ServerError> {
+        ended(&mut self.process, &self.said).unwrap_or_else(Some)
     }
 
     /// Puts all that was written on stable storage, and closes the image. From here on nothing can reach it.
@@ -107,30 +115,32 @@ impl Server {
         }
         let status = timeout(END, self.process.wait()).await.map_err(|_| ServerError::Lingers)?;
         let status = status.map_err(ServerError::Run)?;
-        if status.success() { Ok(()) } else { Err(said(&mut self.process, status.to_string()).await) }
+        if status.success() { Ok(()) } else { Err(words(&self.said, status.to_string())) }
     }
 
     /// Ends it, whatever is in the image then.
-    pub async fn kill(mut self) {
+    ///
+    /// # Errors
+    /// When its storage holds it: it ends when that answers.
+    pub async fn kill(mut self) -> Result<(), ServerError> {
         drop(self.keeper);
-        let _ = self.process.kill().await;
+        let killed = timeout(END, self.process.kill()).await;
+        killed.map_err(|_| ServerError::Lingers)?.map_err(ServerError::Run)
     }
 }
 
-async fn ended(process: &mut Child) -> Result<Option<ServerError>, ServerError> {
-    match process.try_wait().map_err(ServerError::Run)? {
-        Some(status) => Ok(Some(said(process, status.to_string()).await)),
-        None => Ok(None),
-    }
+fn ended(process: &mut Child, said: &Path) -> Result<Option<ServerError>, ServerError> {
+    let status = process.try_wait().map_err(ServerError::Run)?;
+    Ok(status.map(|status| words(said, status.to_string())))
 }
 
-async fn said(process: &mut Child, status: String) -> ServerError {
-    let mut words = Vec::new();
-    if let Some(errors) = process.stderr.take() {
-        // whoever inherited the pipe may keep it open
-        let _ = timeout(Duration::from_secs(1), errors.take(4096).read_to_end(&mut words)).await;
+fn words(said: &Path, status: String) -> ServerError {
+    let mut text = Vec::new();
+    if let Ok(file) = fs::File::open(said) {
+        // without them its end still says that it ended
+        let _ = file.take(LONGEST).read_to_end(&mut text);
     }
-    ServerError::Ended { status, words: one_line(&String::from_utf8_lossy(&words), WORDS) }
+    ServerError::Ended { status, words: one_line(&String::from_utf8_lossy(&text), 512) }
 }
 
 fn terminate(pid: u32) {
@@ -140,15 +150,15 @@ fn terminate(pid: u32) {
     }
 }
 
-/// Ends what an earlier agent left in the folder `run`: one that was killed before it connected to its server. Blocks.
-pub fn end_leftover(run: &Path) {
-    let Some(pid) = leftover(run) else { return };
-    let Some(process) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return };
-    let begun = Instant::now();
-    while leftover(run) == Some(pid) && begun.elapsed() < END {
+/// Ends what an earlier agent left in the folder `run`: one that was killed before it connected to its server. It does not wait;
+/// whether one is left still.
+pub fn end_leftover(run: &Path) -> bool {
+    let Some(pid) = leftover(run) else { return false };
+    if let Some(process) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // one that is gone needs no signal
         let _ = kill_process(process, Signal::KILL);
-        std::thread::sleep(AGAIN);
     }
+    true
 }
 
 /// The process that serves this folder's socket, as far as it says.

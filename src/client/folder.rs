@@ -124,7 +124,7 @@ impl Partial {
         Ok(partial)
     }
 
-    /// The one of this name below `root`, if it was begun. One whose state was never written is removed.
+    /// The one of this name below `root`, if it was begun. A folder without a state is left alone: whose it is is not known.
     ///
     /// # Errors
     /// When another process writes it, or it cannot be read.
@@ -136,10 +136,7 @@ impl Partial {
         let lock = lock(&path)?;
         let file = path.join(names::STATE);
         let state = match fs::read_to_string(&file) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                fs::remove_dir_all(&path).map_err(Failure::file(&path))?;
-                return Ok(None);
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.map_err(Failure::file(&file))?,
         };
         let unreadable = || {
@@ -185,26 +182,32 @@ impl Partial {
         fs::remove_dir_all(&self.path).map_err(Failure::file(&self.path))
     }
 
-    /// Makes it a restore point: all in one step, and for good.
+    /// Makes it a restore point: all in one step, and for good. Before that step it has its state, and a successor does this
+    /// again; after it what is left of the state is of no account.
     ///
     /// # Errors
     /// The kernel's; then it is none.
     pub fn publish(self, manifest: &Manifest) -> Result<PathBuf, Failure> {
+        let whole = self.root.join(&self.state.point);
+        if whole.exists() {
+            return Err(taken(&whole));
+        }
         write(&self.path.join(names::MANIFEST), &manifest.text())?;
         for disk in self.state.disks.keys() {
             remove(&self.path.join(work(disk)))?;
         }
-        // with the state goes what makes it one that is being written
-        remove(&self.path.join(names::STATE))?;
         sync(&self.path)?;
-        let whole = self.root.join(&self.state.point);
-        if whole.exists() {
-            return Err(Failure::Usage(format!("{} is there already", whole.display())));
-        }
         fs::rename(&self.path, &whole).map_err(Failure::file(&whole))?;
         sync(&self.root)?;
+        let _ = fs::remove_file(whole.join(names::STATE));
         Ok(whole)
     }
+}
+
+/// What is told when a restore point of a name is there already.
+#[must_use]
+pub fn taken(whole: &Path) -> Failure {
+    Failure::Usage(format!("{} is there already: give another folder", whole.display()))
 }
 
 /// The file with a disk's work.
@@ -315,6 +318,35 @@ mod tests {
         let partial = Partial::open(root.path(), "db01-1").unwrap().unwrap();
         assert_eq!(partial.state, left);
         assert!(Partial::open(root.path(), "db01-2").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_step_to_a_restore_point_that_fails_leaves_what_a_successor_goes_on_with() {
+        let root = tempfile::tempdir().unwrap();
+        let partial = Partial::create(root.path(), state()).unwrap();
+        fs::write(partial.file("vda.full.qcow2"), "x").unwrap();
+        let in_the_way = root.path().join("db01-1");
+        fs::create_dir(&in_the_way).unwrap();
+        fs::write(in_the_way.join("file"), "x").unwrap();
+        let manifest = example("db01-1", None);
+        assert!(matches!(partial.publish(&manifest), Err(Failure::Usage(_))));
+        // as when it is killed before the rename: all that is there is there, also of one that has its manifest
+        let left = root.path().join(names::partial("db01-1"));
+        fs::write(left.join(names::MANIFEST), manifest.text()).unwrap();
+        fs::remove_dir_all(&in_the_way).unwrap();
+        let partial = Partial::open(root.path(), "db01-1").unwrap().expect("it can be gone on with");
+        let whole = partial.publish(&manifest).unwrap();
+        assert_eq!(fs::read_to_string(whole.join("vda.full.qcow2")).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_folder_whose_state_is_not_there_is_not_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let left = root.path().join(names::partial("db01-1"));
+        fs::create_dir(&left).unwrap();
+        fs::write(left.join("vda.full.qcow2"), "x").unwrap();
+        assert!(Partial::open(root.path(), "db01-1").unwrap().is_none());
+        assert!(left.join("vda.full.qcow2").exists());
     }
 
     #[test]

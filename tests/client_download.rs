@@ -17,11 +17,12 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 use virtmark::client::download::{How, disk};
 use virtmark::client::exit::Failure;
-use virtmark::client::folder::{DiskState, Kind, Partial, State};
+use virtmark::client::folder::Partial;
 use virtmark::client::images::{Ticket, Way};
 use virtmark::client::manifest::{DiskFormat, ReadMode};
 use virtmark::client::progress::Done;
 use virtmark::client::screen::Screen;
+use virtmark::client::state::{DiskState, Kind, State};
 
 const MIB: u64 = 1 << 20;
 /// Of the disk's 128 MiB.

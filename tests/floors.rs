@@ -95,6 +95,8 @@ const NEVER: &[(&str, &[&str])] = &[
     ("client/explain.rs", DECISION),
     ("client/inventory.rs", DECISION),
     ("client/record.rs", DECISION),
+    ("client/resume.rs", DECISION),
+    ("client/state.rs", DECISION),
     ("client/exit.rs", &["tokio", "hyper", "std::fs", "std::net", "std::process", "crate::cluster"]),
     ("client/args.rs", &["tokio", "hyper", "kube", "std::fs", "std::net", "std::process", "crate::cluster"]),
     ("client", CLIENT),

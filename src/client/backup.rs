@@ -8,7 +8,7 @@
 //!
 //! It never decides what is read of a disk: the VmBackup's status and [`super::plan`] do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kube::ResourceExt as _;
@@ -17,14 +17,16 @@ use tokio_util::sync::CancellationToken;
 use super::chain;
 use super::download::{self, How};
 use super::exit::Failure;
-use super::folder::{self, Kind, Partial, State};
-use super::kubernetes::{Cluster, RUN, refused, unless};
-use super::manifest::{self, DiskFormat, Outcome, Parent, ReadMode};
+use super::folder::Partial;
+use super::kubernetes::{Cluster, run, unless};
+use super::manifest::{Checkpoint, DiskFormat, Parent, ReadMode};
 use super::names;
+use super::publish::whole;
 use super::record;
+use super::resume::{self, Next};
 use super::screen::Screen;
+use super::state::{Kind, State};
 use super::store::Store;
-use super::words;
 use crate::api::{
     BackupDisk, DesiredState, DiskMode, LABEL_OWNER, LibvirtDomain, Phase, QuiesceMode, VmBackup,
     VmBackupStatus, VmCheckpoint,
@@ -75,7 +77,7 @@ pub struct Start {
     /// The restore point that it lies over.
     pub parent: Parent,
     /// That one's checkpoint.
-    pub checkpoint: String,
+    pub checkpoint: Checkpoint,
     /// Bytes that changed since, by disk, as last counted.
     pub dirty: Vec<(String, i64)>,
 }
@@ -93,17 +95,17 @@ impl Session {
         }
         std::fs::create_dir_all(&wanted.to).map_err(Failure::file(&wanted.to))?;
         let root = wanted.to.canonicalize().map_err(Failure::file(&wanted.to))?;
-        let store = Store::read(&root)?;
-        for point in &store.unfinished {
-            if let Some(partial) = self.left(&store, point, wanted).await? {
-                return self.finish(partial, wanted).await;
+        for point in Store::read(&root)?.unfinished {
+            if let Some(whole) = self.left(&root, &point, wanted).await? {
+                return Ok(whole);
             }
         }
+        let store = Store::read(&root)?;
         let domain = self.cluster.domain(&wanted.vm).await?;
         let start = self.start(&store, wanted, &domain).await?;
         let name = names::point(&wanted.vm, crate::clock::now(), |name| store.has(name));
         let mut state = State::new(&name, &wanted.vm, &self.cluster.namespace, wanted.kind, wanted.format);
-        state.run = Some(format!("{:016x}", rand::random::<u64>()));
+        state.run = Some(run());
         state.domain = serde_json::to_value(&domain.status).unwrap_or_default();
         state.parent = start.as_ref().map(|start| (start.parent.clone(), start.checkpoint.clone()));
         let partial = Partial::create(&root, state)?;
@@ -114,13 +116,16 @@ impl Session {
             )),
             None => self.screen.say(format!("Starting full backup {name} of {}", wanted.vm)),
         }
-        let spec = record::spec(wanted, start.as_ref().map(|start| start.checkpoint.as_str()));
+        let spec = record::spec(wanted, start.as_ref().map(|start| start.checkpoint.name.as_str()));
         let object = record::object(&name, spec, wanted.owner.as_deref(), partial.state.run.as_deref());
-        if let Err(failure) = unless(&self.stop, self.cluster.make(&object)).await {
-            // whether it was made is not known when the answer is lost
-            return self.cancel(partial, failure).await;
+        match self.cluster.make(&object).await {
+            Ok(made) => self.finish(partial, &made, wanted).await,
+            Err(failure @ Failure::Unanswered { .. }) => {
+                self.screen.warn("the same command goes on with it, if it was made");
+                Err(failure)
+            }
+            Err(failure) => self.remove(partial, failure),
         }
-        self.finish(partial, wanted).await
     }
 
     /// Where an incremental backup can begin: the newest restore point here whose checkpoint can still be used.
@@ -148,7 +153,7 @@ impl Session {
             let parent = Parent { name: point.name.clone(), uid: point.backup.uid.clone() };
             let dirty = found.status.map(|status| status.disks).unwrap_or_default();
             let dirty = dirty.into_iter().filter_map(|disk| Some((disk.target, disk.dirty_bytes?))).collect();
-            return Ok(Some(Start { parent, checkpoint: checkpoint.name.clone(), dirty }));
+            return Ok(Some(Start { parent, checkpoint: checkpoint.clone(), dirty }));
         }
         if wanted.kind == Kind::Incremental {
             let words = format!(
@@ -162,100 +167,136 @@ impl Session {
         Ok(None)
     }
 
-    /// What a process that was killed left of a backup like the one that is wanted. What cannot be gone on with is removed.
-    async fn left(&self, store: &Store, point: &str, wanted: &Wanted) -> Result<Option<Partial>, Failure> {
-        let Some(partial) = Partial::open(&store.root, point)? else { return Ok(None) };
-        let state = &partial.state;
-        let is_ours =
-            state.vm == wanted.vm && state.namespace == self.cluster.namespace && state.run.is_some();
-        if !is_ours {
-            return Ok(None);
-        }
-        let found = crate::cluster::find(&self.cluster.of::<VmBackup>(), &state.backup).await?;
-        let found = found.filter(|found| found.annotations().get(RUN) == state.run.as_ref());
-        let Some(found) = found else {
-            self.screen.say(format!("Removing what is left of {point}: its VmBackup is gone"));
-            partial.remove()?;
-            return Ok(None);
+    /// Goes on with what a process that was killed left of a backup like the one that is wanted; answers the restore point that it
+    /// becomes. What cannot be gone on with is removed; what was asked for otherwise, and is whole, becomes a restore point too.
+    async fn left(&self, root: &Path, point: &str, wanted: &Wanted) -> Result<Option<PathBuf>, Failure> {
+        // whose it is, before it is locked: others are written here too
+        let is_ours = |state: &State| {
+            state.vm == wanted.vm && state.namespace == self.cluster.namespace && state.run.is_some()
         };
-        let is_whole = !state.disks.is_empty() && state.disks.values().all(|disk| disk.complete);
-        let phase = found.phase();
-        let like_it = state.kind == wanted.kind && state.format == wanted.format;
-        match phase {
-            // one that somebody else finalized is not whole here, whatever it is there
-            Phase::Finalizing | Phase::Succeeded if is_whole => {
+        match Partial::look(root, point) {
+            Ok(state) if state.as_ref().is_some_and(is_ours) => {}
+            Ok(_) => return Ok(None),
+            Err(failure) => {
+                self.screen.warn(failure.to_string());
+                return Ok(None);
+            }
+        }
+        let Some(mut partial) = Partial::open(root, point)? else { return Ok(None) };
+        let found = crate::cluster::find(&self.cluster.of::<VmBackup>(), point).await?;
+        let found = found.filter(|found| partial.state.is_of(found));
+        let next = resume::next(&partial.state, found.as_ref());
+        let begun = found.as_ref().or(partial.state.backup.as_ref());
+        let unlike = begun.and_then(|begun| resume::unlike(&partial.state, begun, wanted));
+        let is_past = matches!(found.as_ref().map(VmBackup::phase), Some(Phase::Finalizing));
+        let whole = match (next, found) {
+            (Next::Publish, found) => {
                 self.screen.say(format!("Going on with {point}, which was read"));
-                Ok(Some(partial))
+                partial.saw(found.as_ref())?;
+                self.publish(partial, &self.stop).await?
             }
-            Phase::Initializing | Phase::Ready if like_it => {
-                self.screen.say(format!("Going on with {point}, which was not finished"));
-                Ok(Some(partial))
-            }
-            _ => {
-                self.screen.say(format!("Removing what is left of {point}: VmBackup is {}", phase.as_str()));
-                if !phase.is_terminal() {
-                    self.cluster.want(&state.backup, DesiredState::Cancelled).await?;
-                    self.cluster.ended(&state.backup, END).await?;
+            (Next::GoOn, Some(found)) => {
+                if let Some(option) = unlike.filter(|_| !is_past) {
+                    let (backup, vm) = (point.to_owned(), wanted.vm.clone());
+                    return Err(Failure::Unlike { backup, vm, option });
                 }
+                self.screen.say(format!("Going on with {point}, which was not finished"));
+                self.finish(partial, &found, wanted).await?
+            }
+            (Next::Remove | Next::GoOn, found) => {
+                let why = found.map_or("gone", |found| found.phase().as_str());
+                self.screen.say(format!("Removing what is left of {point}: its VmBackup is {why}"));
                 partial.remove()?;
+                return Ok(None);
+            }
+        };
+        match unlike {
+            None => Ok(Some(whole)),
+            Some(option) => {
+                self.screen.say(format!("{point} was begun with another {option}: another one is made"));
                 Ok(None)
             }
         }
     }
 
     /// From a VmBackup that was made to a restore point; or the VmBackup is cancelled.
-    async fn finish(&self, mut partial: Partial, wanted: &Wanted) -> Result<PathBuf, Failure> {
-        let backup = partial.state.backup.clone();
-        let bound = Duration::from_secs(u64::try_from(wanted.start_seconds).unwrap_or(600)) + END;
-        let read = async {
-            // a predecessor may have come as far
-            let found = crate::cluster::find(&self.cluster.of::<VmBackup>(), &backup).await?;
-            let phase = found.as_ref().map(VmBackup::phase).unwrap_or_default();
-            if matches!(phase, Phase::Finalizing | Phase::Succeeded) {
-                return unless(&self.stop, self.cluster.succeeded(&backup, END)).await;
-            }
-            let ready = unless(&self.stop, self.cluster.ready(&backup, bound, &self.screen)).await?;
-            self.read(&mut partial, &ready, wanted.how).await?;
-            self.screen.say("Finalizing the backup");
-            unless(&self.stop, self.cluster.want(&backup, DesiredState::Finalized)).await?;
-            unless(&self.stop, self.cluster.succeeded(&backup, END)).await
-        };
-        let done = match read.await {
-            Ok(done) => done,
-            Err(failure) => return self.cancel(partial, failure).await,
-        };
-        self.screen.say(format!("{backup} Succeeded"));
-        // from here on there is nothing to cancel: a successor publishes what is read
-        self.publish(partial, &done, Outcome::Succeeded).await
+    async fn finish(
+        &self,
+        mut partial: Partial,
+        backup: &VmBackup,
+        wanted: &Wanted,
+    ) -> Result<PathBuf, Failure> {
+        match self.succeed(&mut partial, backup, wanted).await {
+            // from here on there is nothing to cancel: a successor publishes what is read
+            Ok(()) => self.publish(partial, &self.stop).await,
+            Err(failure) => self.give_up(partial, backup, failure).await,
+        }
     }
 
-    /// Reads each disk of a Ready backup.
+    async fn succeed(
+        &self,
+        partial: &mut Partial,
+        backup: &VmBackup,
+        wanted: &Wanted,
+    ) -> Result<(), Failure> {
+        let bound = Duration::from_secs(u64::try_from(wanted.start_seconds).unwrap_or(600)) + END;
+        let ready = unless(&self.stop, self.cluster.ready(backup, bound, &self.screen)).await?;
+        // a predecessor may have come farther
+        if ready.phase() == Phase::Ready {
+            self.read(partial, &ready, wanted.how).await?;
+            self.screen.say("Finalizing the backup");
+            unless(&self.stop, self.cluster.want(backup, DesiredState::Finalized)).await?;
+        }
+        let done = unless(&self.stop, self.cluster.succeeded(backup, END)).await?;
+        self.screen.say(format!("{} Succeeded", backup.name_any()));
+        whole(&partial.state)?;
+        partial.saw(Some(&done))
+    }
+
+    /// Reads each disk of a Ready backup. All of it is on stable storage afterwards, and has what it lies over.
     ///
     /// # Errors
     /// Why one could not be read, or why the backup ended meanwhile.
     pub async fn read(&self, partial: &mut Partial, ready: &VmBackup, how: How) -> Result<(), Failure> {
-        let backup = ready.name_any();
         let status = ready.status.clone().unwrap_or_default();
         let node = status.node_name.as_deref().unwrap_or("its node");
-        self.screen.say(format!("{backup} is Ready on {node}: its point in time is taken"));
-        let lost = self.cluster.lost(&backup);
+        self.screen.say(format!("{} is Ready on {node}: its point in time is taken", ready.name_any()));
+        if partial.state.backup.is_none() {
+            partial.state.checkpoint = self.noted(status.to_checkpoint.as_deref()).await?;
+            let from = self.noted(status.from_checkpoint.as_deref()).await?;
+            partial.state.parent =
+                partial.state.parent.take().filter(|(_, base)| Some(base) == from.as_ref());
+        }
+        partial.saw(Some(ready))?;
+        let lost = self.cluster.lost(ready);
         let disks = async {
             for disk in &status.disks {
-                self.disk(partial, &backup, &status, disk, how).await?;
+                self.disk(partial, ready, &status, disk, how).await?;
             }
-            Ok(())
+            Ok::<_, Failure>(())
         };
         tokio::select! {
             biased;
-            failure = lost => Err(failure),
-            done = disks => done,
+            failure = lost => return Err(failure),
+            done = disks => done?,
         }
+        whole(&partial.state)?;
+        chain::over(&Store::read(partial.root())?.points, &partial.state)
+            .map_err(|gap| Failure::Damaged(format!("{}: {gap}", ready.name_any())))?;
+        partial.sync()
+    }
+
+    /// The checkpoint of this name, as restore points note it.
+    async fn noted(&self, name: Option<&str>) -> Result<Option<Checkpoint>, Failure> {
+        let Some(name) = name else { return Ok(None) };
+        let found = crate::cluster::find(&self.cluster.of::<VmCheckpoint>(), name).await?;
+        Ok(found.map(|found| Checkpoint { name: name.to_owned(), bitmap: found.spec.bitmap }))
     }
 
     async fn disk(
         &self,
         partial: &mut Partial,
-        backup: &str,
+        backup: &VmBackup,
         status: &VmBackupStatus,
         disk: &BackupDisk,
         how: How,
@@ -281,90 +322,9 @@ impl Session {
             let more = disk.mode_message.as_deref().map(|more| format!(" ({more})")).unwrap_or_default();
             self.screen.warn(format!("{} is read in full: {reason}{more}", disk.name));
         }
-        let ticket =
-            unless(&self.stop, self.cluster.ticket(&format!("{backup}-{}", disk.name), TICKET)).await?;
+        let ticket = unless(&self.stop, self.cluster.ticket(backup, &disk.name, TICKET)).await?;
         download::disk(partial, &disk.name, &ticket, how, &self.screen, &self.stop).await?;
         self.screen.say(format!("{} is read", disk.name));
         Ok(())
-    }
-
-    /// Makes a restore point of what was read.
-    ///
-    /// # Errors
-    /// The kernel's. What was read stays, for a successor.
-    pub async fn publish(
-        &self,
-        partial: Partial,
-        backup: &VmBackup,
-        outcome: Outcome,
-    ) -> Result<PathBuf, Failure> {
-        let status = backup.status.clone().unwrap_or_default();
-        let checkpoint = match &status.to_checkpoint {
-            Some(name) => crate::cluster::find(&self.cluster.of::<VmCheckpoint>(), name)
-                .await?
-                .map(|found| manifest::Checkpoint { name: name.clone(), bitmap: found.spec.bitmap }),
-            None => None,
-        };
-        let mut disks = Vec::new();
-        for (name, state) in &partial.state.disks {
-            let (path, stop) = (partial.file(&state.file), self.stop.clone());
-            self.screen.say(format!("Computing the digest of {}", state.file));
-            let digest = tokio::task::spawn_blocking(move || folder::digest(&path, &stop)).await;
-            let (bytes, blake3) = digest.map_err(|error| Failure::Program(error.to_string()))??;
-            let told = status.disks.iter().find(|disk| disk.name == *name);
-            disks.push(record::described(name, state, told, &partial.state.domain, bytes, blake3));
-        }
-        let manifest = record::manifest(&partial.state, backup, &status, outcome, checkpoint, disks);
-        let name = manifest.name.clone();
-        let bytes = manifest.disks.iter().map(|disk| disk.bytes).sum();
-        let whole = partial.publish(&manifest)?;
-        self.screen.say(format!("{name} is whole: {} in {}", words::bytes(bytes), whole.display()));
-        Ok(whole)
-    }
-
-    /// Cancels the VmBackup of what is being written, removes that, and answers why.
-    async fn cancel(&self, partial: Partial, failure: Failure) -> Result<PathBuf, Failure> {
-        let backup = partial.state.backup.clone();
-        let cancelled = async {
-            let found = crate::cluster::find(&self.cluster.of::<VmBackup>(), &backup).await?;
-            let ours = found.filter(|found| found.annotations().get(RUN) == partial.state.run.as_ref());
-            let Some(found) = ours else { return Ok(()) };
-            if !found.phase().is_terminal() {
-                self.screen.say(format!("Cancelling {backup}"));
-                self.cluster.want(&backup, DesiredState::Cancelled).await?;
-                self.cluster.ended(&backup, END).await?;
-            }
-            Ok::<_, Failure>(())
-        };
-        if let Err(error) = cancelled.await {
-            self.screen.warn(format!(
-                "{backup} was not cancelled: {error}; run virtmark backup stop --cancel {} {backup}",
-                partial.state.vm
-            ));
-            return Err(failure);
-        }
-        partial.remove()?;
-        Err(failure)
-    }
-
-    /// Waits for the end of a backup that is wanted to end.
-    ///
-    /// # Errors
-    /// When it ends otherwise.
-    pub async fn stop(&self, backup: &str, state: DesiredState) -> Result<(), Failure> {
-        let hint = "list the backups with kubectl get vmbk, or give -n NAMESPACE";
-        let found: VmBackup = self.cluster.get(backup, hint).await?;
-        let phase = found.phase();
-        match (phase, state) {
-            (Phase::Succeeded, DesiredState::Finalized) => return Ok(()),
-            (phase, DesiredState::Cancelled) if phase.is_terminal() => return Ok(()),
-            (phase, _) if phase.is_terminal() => return Err(refused(&found)),
-            _ => {}
-        }
-        self.cluster.want(backup, state).await?;
-        if state == DesiredState::Cancelled {
-            return unless(&self.stop, self.cluster.ended(backup, END)).await;
-        }
-        unless(&self.stop, self.cluster.succeeded(backup, END)).await.map(drop)
     }
 }

@@ -1,7 +1,8 @@
 //! What restore points lie over, and which one the next backup can lie over: functions of their manifests. It never looks at
 //! a file; `verify` does.
 
-use super::manifest::{Checkpoint, Disk, Manifest};
+use super::manifest::{Base, Checkpoint, Disk, Manifest, Parent};
+use super::state::State;
 
 /// Why a disk of a restore point cannot be restored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,13 +53,8 @@ pub fn layers<'a>(
     let (mut at, mut held) = (point, disk);
     while let Some(base) = &held.base {
         let parent = at.parent.as_ref().ok_or_else(|| Gap::NoParent { parent: "nothing".to_owned() })?;
-        let named = points.iter().find(|other| other.name == parent.name);
-        let below = named.ok_or_else(|| Gap::NoParent { parent: parent.name.clone() })?;
-        if below.backup.uid != parent.uid {
-            return Err(Gap::OtherParent { parent: parent.name.clone() });
-        }
-        let file = below.disks.iter().find(|disk| disk.file == base.file);
-        held = file.ok_or_else(|| Gap::NoFile { parent: below.name.clone(), file: base.file.clone() })?;
+        let below;
+        (below, held) = self::below(points, parent, base)?;
         if layers.iter().any(|(seen, _)| seen.name == below.name) {
             return Err(Gap::Circle { point: below.name.clone() });
         }
@@ -68,11 +64,37 @@ pub fn layers<'a>(
     Ok(layers)
 }
 
+/// The file that one lies over, in the restore point below.
+fn below<'a>(points: &'a [Manifest], parent: &Parent, base: &Base) -> Result<(&'a Manifest, &'a Disk), Gap> {
+    let named = points.iter().find(|other| other.name == parent.name);
+    let below = named.ok_or_else(|| Gap::NoParent { parent: parent.name.clone() })?;
+    if below.backup.uid != parent.uid {
+        return Err(Gap::OtherParent { parent: parent.name.clone() });
+    }
+    let held = below.disks.iter().find(|disk| disk.file == base.file);
+    let missing = || Gap::NoFile { parent: below.name.clone(), file: base.file.clone() };
+    Ok((below, held.ok_or_else(missing)?))
+}
+
 /// What is broken in a restore point, by disk.
 #[must_use]
 pub fn gaps(points: &[Manifest], point: &Manifest) -> Vec<(String, Gap)> {
     let gap = |disk: &Disk| layers(points, point, disk).err().map(|gap| (disk.target.clone(), gap));
     point.disks.iter().filter_map(gap).collect()
+}
+
+/// Whether what is being written has all that it lies over.
+///
+/// # Errors
+/// Where its chain is broken.
+pub fn over(points: &[Manifest], state: &State) -> Result<(), Gap> {
+    for base in state.disks.values().filter_map(|disk| disk.base.as_ref()) {
+        let parent = state.parent.as_ref().map(|(parent, _)| parent);
+        let parent = parent.ok_or_else(|| Gap::NoParent { parent: "nothing".to_owned() })?;
+        let (below, held) = below(points, parent, base)?;
+        layers(points, below, held)?;
+    }
+    Ok(())
 }
 
 /// The restore points that a backup of a VM can lie over, newest first: those that made a checkpoint and are whole.

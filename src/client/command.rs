@@ -3,29 +3,26 @@
 use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
-use kube::ResourceExt as _;
 
-use super::args::{Backup, BackupCommand, Chain, Cli, Command, Download, Start, Take, What};
-use super::backup::{self, Session, Wanted};
+use super::args::{Backup, BackupCommand, Chain, Cli, Command, Start, Take, What};
+use super::backup::{Session, Wanted};
 use super::chain;
 use super::download::How;
 use super::exit::{Chain as Sources, Code, Failure};
-use super::folder::{Kind, Partial, State};
+use super::images::Way;
 use super::interrupt;
-use super::kubernetes::{Cluster, refused, unless};
-use super::manifest::{DiskFormat, Manifest, Outcome, Parent};
-use super::names;
+use super::kubernetes::Cluster;
+use super::manifest::{DiskFormat, Manifest};
 use super::output::{List, value};
-use super::record;
 use super::restore;
 use super::screen::Screen;
+use super::state::Kind;
 use super::store::Store;
 use super::verify;
 use super::words;
-use crate::api::{BackupSupport, DesiredState, Phase, VmBackup, VmCheckpoint};
+use crate::api::{BackupSupport, DesiredState};
 
 /// Runs the process.
 #[must_use]
@@ -124,12 +121,19 @@ async fn back_up(backup: Backup, session: &Session) -> Result<Code, Failure> {
     let (take, kind) = match (backup.command, backup.auto) {
         (Some(BackupCommand::Full(take)), _) => (take, Kind::Full),
         (Some(BackupCommand::Incremental(take)), _) => (take, Kind::Incremental),
-        (Some(BackupCommand::Start(start)), _) => return begin(start, session).await,
-        (Some(BackupCommand::Download(wanted)), _) => return download(wanted, session).await,
+        (Some(BackupCommand::Start(Start { vm, from_checkpoint, what })), _) => {
+            let how = How { workers: 1, way: Way::Auto };
+            let wanted = of(what, vm, ".".into(), Kind::Auto, DiskFormat::Qcow2, how);
+            print(&format!("{}\n", session.begin(&wanted, from_checkpoint.as_deref()).await?))?;
+            return Ok(Code::Done);
+        }
+        (Some(BackupCommand::Download(wanted)), _) => {
+            print(&format!("{}\n", session.download(wanted).await?.display()))?;
+            return Ok(Code::Done);
+        }
         (Some(BackupCommand::Stop { vm, backup, cancel }), _) => {
             let state = if cancel { DesiredState::Cancelled } else { DesiredState::Finalized };
-            is_of(session, &backup, &vm).await?;
-            session.stop(&backup, state).await?;
+            session.end(&vm, &backup, state).await?;
             print(&format!("{backup}\n"))?;
             return Ok(Code::Done);
         }
@@ -174,7 +178,7 @@ async fn would(session: &Session, wanted: &Wanted) -> Result<Code, Failure> {
     let status = domain.status.unwrap_or_default();
     let below = start.as_ref().and_then(|start| store.point(&start.parent.name));
     let mut lines = match &start {
-        Some(start) => format!("incremental, over {} from {}\n", start.parent.name, start.checkpoint),
+        Some(start) => format!("incremental, over {} from {}\n", start.parent.name, start.checkpoint.name),
         None => "full\n".to_owned(),
     };
     if let Some(missing) =
@@ -205,92 +209,6 @@ async fn would(session: &Session, wanted: &Wanted) -> Result<Code, Failure> {
     }
     print(&lines)?;
     Ok(Code::Done)
-}
-
-async fn begin(start: Start, session: &Session) -> Result<Code, Failure> {
-    let how = How { workers: 1, way: super::images::Way::Auto };
-    let bound = Duration::from_secs(u64::try_from(start.what.start_seconds).unwrap_or(600)) + backup::END;
-    let wanted = of(start.what, start.vm, ".".into(), Kind::Auto, DiskFormat::Qcow2, how);
-    session.cluster.domain(&wanted.vm).await?;
-    let mut spec = record::spec(&wanted, start.from_checkpoint.as_deref());
-    spec.from_checkpoint = start.from_checkpoint;
-    let name = names::point(&wanted.vm, crate::clock::now(), |_| false);
-    session.screen.say(format!("Starting backup {name} of {}", wanted.vm));
-    session.cluster.make(&record::object(&name, spec, wanted.owner.as_deref(), None)).await?;
-    let ready = unless(&session.stop, session.cluster.ready(&name, bound, &session.screen)).await;
-    if let Err(failure) = ready {
-        // a backup that did not begin is nobody's to end
-        if !matches!(failure, Failure::Refused { .. }) {
-            session.cluster.want(&name, DesiredState::Cancelled).await?;
-        }
-        return Err(failure);
-    }
-    session.screen.say(format!(
-        "{name} is Ready: read it with virtmark backup download, end it with virtmark backup stop"
-    ));
-    print(&format!("{name}\n"))?;
-    Ok(Code::Done)
-}
-
-async fn is_of(session: &Session, backup: &str, vm: &str) -> Result<VmBackup, Failure> {
-    let hint = "list the backups with kubectl get vmbk, or give -n NAMESPACE";
-    let found: VmBackup = session.cluster.get(backup, hint).await?;
-    if found.spec.vm == vm {
-        return Ok(found);
-    }
-    Err(Failure::NotFound(format!("VmBackup {backup} is of VM {}, not of {vm}", found.spec.vm)))
-}
-
-async fn download(wanted: Download, session: &Session) -> Result<Code, Failure> {
-    let found = is_of(session, &wanted.backup, &wanted.vm).await?;
-    let status = found.status.clone().unwrap_or_default();
-    match status.phase {
-        Phase::Ready => {}
-        phase if phase.is_terminal() => return Err(refused(&found)),
-        phase => {
-            let words = format!("VmBackup {} is {}, and must be Ready", wanted.backup, phase.as_str());
-            return Err(Failure::Usage(words));
-        }
-    }
-    std::fs::create_dir_all(&wanted.to).map_err(Failure::file(&wanted.to))?;
-    let root = wanted.to.canonicalize().map_err(Failure::file(&wanted.to))?;
-    let mut partial = match Partial::open(&root, &wanted.backup)? {
-        // of an earlier call that was cut
-        Some(partial) if partial.state.run.is_none() && partial.state.format == wanted.format => partial,
-        Some(other) => {
-            let words = "what is left there is of another command: give another folder";
-            return Err(Failure::Usage(format!("{}: {words}", other.file("").display())));
-        }
-        None => {
-            let domain = session.cluster.domain(&wanted.vm).await?;
-            let namespace = &session.cluster.namespace;
-            let mut state = State::new(&wanted.backup, &wanted.vm, namespace, Kind::Auto, wanted.format);
-            state.domain = value(&domain.status);
-            state.parent = match &status.from_checkpoint {
-                Some(name) if wanted.format == DiskFormat::Qcow2 => base(session, &root, name).await?,
-                _ => None,
-            };
-            Partial::create(&root, state)?
-        }
-    };
-    let how = How { workers: usize::from(wanted.reading.max_workers), way: wanted.reading.transport };
-    session.read(&mut partial, &found, how).await?;
-    let whole = session.publish(partial, &found, Outcome::Read).await?;
-    print(&format!("{}\n", whole.display()))?;
-    Ok(Code::Done)
-}
-
-/// The restore point here that made the checkpoint which a backup starts from.
-async fn base(session: &Session, root: &Path, name: &str) -> Result<Option<(Parent, String)>, Failure> {
-    let found: VmCheckpoint = session.cluster.get(name, "it is gone").await?;
-    let store = Store::read(root)?;
-    let bases = chain::bases(&store.points, &found.spec.vm_uuid);
-    let fits =
-        bases.into_iter().find(|(_, made)| made.name == found.name_any() && made.bitmap == found.spec.bitmap);
-    Ok(fits.map(|(point, _)| {
-        let parent = Parent { name: point.name.clone(), uid: point.backup.uid.clone() };
-        (parent, name.to_owned())
-    }))
 }
 
 fn print(text: &str) -> Result<(), Failure> {

@@ -25,6 +25,7 @@ use super::plan::{self, Action, Piece, Planner};
 use super::progress::{Done, Work};
 use super::screen::Screen;
 use super::spool;
+use super::state::DiskState;
 use super::target::{self, Sink, Target};
 use super::words::Far;
 
@@ -140,7 +141,7 @@ async fn begin(
     Ok((connection, how.workers.clamp(1, options.max_readers.max(1))))
 }
 
-fn state<'a>(partial: &'a Partial, name: &str) -> Result<&'a folder::DiskState, Failure> {
+fn state<'a>(partial: &'a Partial, name: &str) -> Result<&'a DiskState, Failure> {
     partial.state.disks.get(name).ok_or_else(|| Failure::Damaged(format!("nothing is known of disk {name}")))
 }
 

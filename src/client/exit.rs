@@ -77,6 +77,35 @@ pub enum Failure {
     /// The API server would not.
     #[error("the API server: {0}")]
     Api(String),
+    /// Whether something was done is not known: the API server did not answer.
+    #[error("it is not known whether {what} was made: {why}; look with kubectl get vmbk")]
+    Unanswered {
+        /// The object, as kubectl names it.
+        what: String,
+        /// What became of the request.
+        why: String,
+    },
+    /// What is left of a backup was asked for otherwise.
+    #[error(
+        "what is left of {backup} was begun with another {option}: run that command again, or give it up with virtmark \
+         backup stop --cancel {vm} {backup}"
+    )]
+    Unlike {
+        /// The VmBackup.
+        backup: String,
+        /// Its VM.
+        vm: String,
+        /// What differs.
+        option: &'static str,
+    },
+    /// What was read is not all of the backup.
+    #[error("what is here of VmBackup {backup} is no restore point: {why}")]
+    Incomplete {
+        /// Its name.
+        backup: String,
+        /// What is not here.
+        why: super::state::Incomplete,
+    },
     /// Something that was read back is not what it should be.
     #[error("{0}")]
     Damaged(String),
@@ -113,13 +142,14 @@ impl Failure {
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::Usage(_) => Code::Usage,
+            Self::Usage(_) | Self::Unlike { .. } => Code::Usage,
             Self::NotFound(_) => Code::NotFound,
             Self::Refused { .. } => Code::Refused,
-            Self::Damaged(_) => Code::Damaged,
+            Self::Damaged(_) | Self::Incomplete { .. } => Code::Damaged,
             Self::Late(_) => Code::Late,
             Self::Interrupted => Code::Interrupted,
             Self::Api(_)
+            | Self::Unanswered { .. }
             | Self::File { .. }
             | Self::Images(_)
             | Self::Nbd(_)

@@ -1,82 +1,17 @@
 //! A restore point while it is being written: a hidden folder that nobody takes for one, which gets its name in one step,
 //! when all in it is on stable storage. It never touches a restore point that is whole.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::exit::Failure;
-use super::manifest::{Base, DiskFormat, Manifest, Parent, ReadMode};
+use super::manifest::Manifest;
 use super::names;
-use super::plan::Total;
-use super::progress::Done;
-
-/// The version of the state that is written.
-const VERSION: u32 = 1;
-
-/// What a backup was asked to be.
-#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Incremental where it can, full where not.
-    Auto,
-    /// All of every disk.
-    Full,
-    /// What changed, over what is there.
-    Incremental,
-}
-
-/// What is known of a restore point that is being written. A successor goes on with it.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
-pub struct State {
-    /// The version of this file.
-    pub version: u32,
-    /// The name of the restore point.
-    pub point: String,
-    /// The VmBackup.
-    pub backup: String,
-    /// What the VmBackup's annotation says, so that one of the same name is not taken for it. Absent when it was made by
-    /// another command.
-    pub run: Option<String>,
-    /// The VM.
-    pub vm: String,
-    /// Its namespace.
-    pub namespace: String,
-    /// What was asked for.
-    pub kind: Kind,
-    /// The format of the files.
-    pub format: DiskFormat,
-    /// The LibvirtDomain's status when it began.
-    pub domain: serde_json::Value,
-    /// The restore point that incremental disks lie over, and its checkpoint.
-    pub parent: Option<(Parent, String)>,
-    /// Of each disk, what is there.
-    pub disks: BTreeMap<String, DiskState>,
-}
-
-/// One disk of it.
-#[derive(Serialize, Deserialize, Clone, Debug, PartialEq)]
-pub struct DiskState {
-    /// How it is read.
-    pub mode: ReadMode,
-    /// Why in full.
-    pub reason: Option<String>,
-    /// The file.
-    pub file: String,
-    /// What the file lies over.
-    pub base: Option<Base>,
-    /// Its virtual size and its work, once the extents were read.
-    pub work: Option<(u64, Total)>,
-    /// Whether the image was made.
-    pub made: bool,
-    /// What of it is done, and on stable storage.
-    pub done: Done,
-    /// Whether all of it is.
-    pub complete: bool,
-}
+use super::state::{State, VERSION};
+use crate::api::VmBackup;
 
 /// The folder.
 #[derive(Debug)]
@@ -89,26 +24,6 @@ pub struct Partial {
     _lock: File,
 }
 
-impl State {
-    /// Of a restore point that begins.
-    #[must_use]
-    pub fn new(point: &str, vm: &str, namespace: &str, kind: Kind, format: DiskFormat) -> Self {
-        Self {
-            version: VERSION,
-            point: point.to_owned(),
-            backup: point.to_owned(),
-            run: None,
-            vm: vm.to_owned(),
-            namespace: namespace.to_owned(),
-            kind,
-            format,
-            domain: serde_json::Value::Null,
-            parent: None,
-            disks: BTreeMap::new(),
-        }
-    }
-}
-
 impl Partial {
     /// Makes the folder below `root`.
     ///
@@ -116,6 +31,8 @@ impl Partial {
     /// The kernel's, or when another process has it.
     pub fn create(root: &Path, state: State) -> Result<Self, Failure> {
         let path = root.join(names::partial(&state.point));
+        // one that was not begun, and is empty
+        let _ = fs::remove_dir(&path);
         fs::DirBuilder::new().mode(0o700).create(&path).map_err(Failure::file(&path))?;
         let lock = lock(&path)?;
         let partial = Self { root: root.to_owned(), path, state, _lock: lock };
@@ -134,6 +51,16 @@ impl Partial {
             return Ok(None);
         }
         let lock = lock(&path)?;
+        let state = Self::look(root, point)?;
+        Ok(state.map(|state| Self { root: root.to_owned(), path, state, _lock: lock }))
+    }
+
+    /// The state of the one of this name, whoever writes it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn look(root: &Path, point: &str) -> Result<Option<State>, Failure> {
+        let path = root.join(names::partial(point));
         let file = path.join(names::STATE);
         let state = match fs::read_to_string(&file) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -150,7 +77,7 @@ impl Partial {
         if state.version != VERSION || state.point != point {
             return Err(unreadable());
         }
-        Ok(Some(Self { root: root.to_owned(), path, state, _lock: lock }))
+        Ok(Some(state))
     }
 
     /// A file in it.
@@ -174,11 +101,40 @@ impl Partial {
         write(&self.path.join(names::STATE), &text)
     }
 
-    /// Removes it with all that is in it.
+    /// Notes the VmBackup as it is now, if it is there.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn remove(self) -> Result<(), Failure> {
+    pub fn saw(&mut self, backup: Option<&VmBackup>) -> Result<(), Failure> {
+        backup.map_or(Ok(()), |backup| {
+            self.state.saw(backup);
+            self.store()
+        })
+    }
+
+    /// All that was read is on stable storage, and so is that it is here.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn sync(&self) -> Result<(), Failure> {
+        for disk in self.state.disks.values() {
+            sync(&self.file(&disk.file))?;
+        }
+        sync(&self.path)?;
+        sync(&self.root)
+    }
+
+    /// Removes it with all that is in it; the state goes last, and says from the first moment on that nothing was read.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn remove(mut self) -> Result<(), Failure> {
+        let files = std::mem::take(&mut self.state.disks);
+        self.store()?;
+        for (disk, state) in files {
+            remove(&self.file(&state.file))?;
+            remove(&self.file(&work(&disk)))?;
+        }
         fs::remove_dir_all(&self.path).map_err(Failure::file(&self.path))
     }
 
@@ -244,12 +200,12 @@ fn write(path: &Path, text: &str) -> Result<(), Failure> {
     fs::rename(&beside, path).map_err(Failure::file(path))
 }
 
-/// What is in a folder is on stable storage.
+/// A file, or which names a folder has, is on stable storage.
 ///
 /// # Errors
 /// The kernel's.
-pub fn sync(folder: &Path) -> Result<(), Failure> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Failure::file(folder))
+pub fn sync(path: &Path) -> Result<(), Failure> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(Failure::file(path))
 }
 
 /// The length of a file, and its BLAKE3 in hexadecimal digits. It is on stable storage afterwards.
@@ -279,7 +235,9 @@ pub fn digest(path: &Path, stop: &CancellationToken) -> Result<(u64, String), Fa
 
 #[cfg(test)]
 mod tests {
+    use super::super::manifest::DiskFormat;
     use super::super::manifest::tests::example;
+    use super::super::state::Kind;
     use super::*;
 
     fn state() -> State {
@@ -337,6 +295,19 @@ mod tests {
         let partial = Partial::open(root.path(), "db01-1").unwrap().expect("it can be gone on with");
         let whole = partial.publish(&manifest).unwrap();
         assert_eq!(fs::read_to_string(whole.join("vda.full.qcow2")).unwrap(), "x");
+    }
+
+    #[test]
+    fn one_whose_removal_was_cut_holds_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let mut partial = Partial::create(root.path(), state()).unwrap();
+        partial.state = super::super::state::tests::state(None);
+        partial.store().unwrap();
+        // what cannot be removed stands for the kill
+        fs::create_dir(partial.file("vda.full.qcow2")).unwrap();
+        assert!(partial.remove().is_err());
+        let left = Partial::open(root.path(), "db01-1").unwrap().expect("its state is there");
+        assert!(left.state.disks.is_empty());
     }
 
     #[test]

@@ -11,9 +11,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::exit::Failure;
@@ -26,6 +26,17 @@ pub const CLIENT: &str = "virtmark-client";
 
 /// The annotation by which a client knows its own VmBackup.
 pub const RUN: &str = "virtmark.dev/client-run";
+
+/// A value of that annotation that no other has.
+#[must_use]
+pub fn run() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
+
+/// How long an API server that does not answer is asked again to make a backup, and the time for each answer.
+const MAKE: Duration = Duration::from_secs(30);
+/// Between two times.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// An API server and a namespace of it.
 #[derive(Clone)]
@@ -49,7 +60,13 @@ impl Cluster {
             .await
             .map_err(|error| Failure::Api(format!("no usable kubeconfig: {error:#}; give --kubeconfig")))?;
         let namespace = namespace.map_or_else(|| config.default_namespace.clone(), str::to_owned);
-        Ok(Self { client: Client::try_from(config)?, namespace })
+        Ok(Self::over(Client::try_from(config)?, &namespace))
+    }
+
+    /// Over a connection that is there.
+    #[must_use]
+    pub fn over(client: Client, namespace: &str) -> Self {
+        Self { client, namespace: namespace.to_owned() }
     }
 
     /// The objects of a kind.
@@ -93,30 +110,56 @@ impl Cluster {
         Ok(found.filter(VmCheckpoint::is_base))
     }
 
-    /// Makes an object.
+    /// The VmBackup as it is now; `None` when it is gone, also when there is another one of its name.
     ///
     /// # Errors
     /// The API server's.
-    pub async fn make<K>(&self, object: &K) -> Result<K, Failure>
-    where
-        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
-            + Clone
-            + Debug
-            + Serialize
-            + DeserializeOwned,
-    {
-        let params = PostParams { field_manager: Some(CLIENT.to_owned()), ..PostParams::default() };
-        Ok(self.of::<K>().create(&params, object).await?)
+    pub async fn now(&self, backup: &VmBackup) -> Result<Option<VmBackup>, Failure> {
+        let found = crate::cluster::find(&self.of::<VmBackup>(), &backup.name_any()).await?;
+        Ok(found.filter(|found| found.uid() == backup.uid()))
     }
 
-    /// Says what is wanted of a backup.
+    /// Makes a VmBackup of ours, once, whatever becomes of the answers: its annotation tells it from another of its name. It is not
+    /// to be given up in between, since it may be made then.
+    ///
+    /// # Errors
+    /// Why it was not made, or [`Failure::Unanswered`].
+    pub async fn make(&self, object: &VmBackup) -> Result<VmBackup, Failure> {
+        let params = PostParams { field_manager: Some(CLIENT.to_owned()), ..PostParams::default() };
+        let (api, name, began) = (self.of::<VmBackup>(), object.name_any(), Instant::now());
+        let is_ours = |found: &VmBackup| found.annotations().get(RUN) == object.annotations().get(RUN);
+        loop {
+            let error = match tokio::time::timeout(MAKE, api.create(&params, object)).await {
+                Ok(Ok(made)) => return Ok(made),
+                Ok(Err(kube::Error::Api(status))) if status.is_already_exists() => {
+                    match crate::cluster::find(&api, &name).await {
+                        Ok(Some(found)) if is_ours(&found) => return Ok(found),
+                        Ok(_) => return Err(kube::Error::Api(status).into()),
+                        Err(error) => Failure::from(error),
+                    }
+                }
+                Ok(Err(kube::Error::Api(status))) if is_final(status.code) => {
+                    return Err(kube::Error::Api(status).into());
+                }
+                Ok(Err(error)) => error.into(),
+                Err(_) => Failure::Api(format!("no answer within {} s", MAKE.as_secs())),
+            };
+            if began.elapsed() > MAKE {
+                return Err(Failure::Unanswered { what: format!("VmBackup {name}"), why: error.to_string() });
+            }
+            tracing::debug!(%error, "making VmBackup {name} again");
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Says what is wanted of a backup: of this one, and not of another of its name.
     ///
     /// # Errors
     /// The API server's.
-    pub async fn want(&self, backup: &str, state: DesiredState) -> Result<(), Failure> {
+    pub async fn want(&self, backup: &VmBackup, state: DesiredState) -> Result<(), Failure> {
         let params = PatchParams { field_manager: Some(CLIENT.to_owned()), ..PatchParams::default() };
-        let wish = Patch::Merge(json!({"spec": {"state": state}}));
-        self.of::<VmBackup>().patch(backup, &params, &wish).await?;
+        let wish = Patch::Merge(json!({"metadata": {"uid": backup.uid()}, "spec": {"state": state}}));
+        self.of::<VmBackup>().patch(&backup.name_any(), &params, &wish).await?;
         Ok(())
     }
 
@@ -167,16 +210,21 @@ impl Cluster {
         tokio::time::timeout(bound, watch).await.map_err(late)?
     }
 
-    /// Waits until the disks of a backup can be read; each new reason to wait is said.
+    /// Waits until the disks of a backup can be read, or could be: it may be past that. Each new reason to wait is said.
     ///
     /// # Errors
     /// When it ends instead, with its reason.
-    pub async fn ready(&self, backup: &str, bound: Duration, screen: &Screen) -> Result<VmBackup, Failure> {
+    pub async fn ready(
+        &self,
+        backup: &VmBackup,
+        bound: Duration,
+        screen: &Screen,
+    ) -> Result<VmBackup, Failure> {
         let mut told = String::new();
-        self.until::<VmBackup, _>(backup, bound, |object| {
+        self.until::<VmBackup, _>(&backup.name_any(), bound, |object| {
             let object = present(object, backup)?;
             let status = object.status.clone().unwrap_or_default();
-            if status.phase == Phase::Ready {
+            if matches!(status.phase, Phase::Ready | Phase::Finalizing | Phase::Succeeded) {
                 return Ok(Some(object.clone()));
             }
             running(object)?;
@@ -195,8 +243,8 @@ impl Cluster {
     ///
     /// # Errors
     /// When it ends otherwise, with its reason.
-    pub async fn succeeded(&self, backup: &str, bound: Duration) -> Result<VmBackup, Failure> {
-        self.until::<VmBackup, _>(backup, bound, |object| {
+    pub async fn succeeded(&self, backup: &VmBackup, bound: Duration) -> Result<VmBackup, Failure> {
+        self.until::<VmBackup, _>(&backup.name_any(), bound, |object| {
             let object = present(object, backup)?;
             match object.phase() {
                 Phase::Succeeded => Ok(Some(object.clone())),
@@ -207,33 +255,39 @@ impl Cluster {
         .await
     }
 
-    /// Waits until a backup has ended in any way, or is gone.
+    /// Waits until a backup has ended in any way, and answers how; `None` when it is gone.
     ///
     /// # Errors
     /// When that takes too long.
-    pub async fn ended(&self, backup: &str, bound: Duration) -> Result<(), Failure> {
-        let ended = |object: Option<&VmBackup>| {
-            Ok(object.is_none_or(|object| object.phase().is_terminal()).then_some(()))
-        };
-        self.until(backup, bound, ended).await
+    pub async fn ended(&self, backup: &VmBackup, bound: Duration) -> Result<Option<VmBackup>, Failure> {
+        self.until::<VmBackup, _>(&backup.name_any(), bound, |object| match present(object, backup) {
+            Err(_) => Ok(Some(None)),
+            Ok(object) => Ok(object.phase().is_terminal().then(|| Some(object.clone()))),
+        })
+        .await
     }
 
     /// Comes back, with its reason, when a backup that is being read ends.
-    pub async fn lost(&self, backup: &str) -> Failure {
+    pub async fn lost(&self, backup: &VmBackup) -> Failure {
         let forever = Duration::from_secs(365 * 86_400);
-        let lost = self.until::<VmBackup, Failure>(backup, forever, |object| {
+        let name = backup.name_any();
+        let lost = self.until::<VmBackup, Failure>(&name, forever, |object| {
             running(present(object, backup)?).map(|()| None)
         });
         lost.await.unwrap_or_else(|failure| failure)
     }
 
-    /// The ticket of a transfer, once it can be used.
+    /// The ticket of a disk of a backup, once it can be used. A transfer that reads of another backup of that name is not it.
     ///
     /// # Errors
     /// When the transfer ends instead, or its Secret may not be read.
-    pub async fn ticket(&self, transfer: &str, bound: Duration) -> Result<Ticket, Failure> {
+    pub async fn ticket(&self, backup: &VmBackup, disk: &str, bound: Duration) -> Result<Ticket, Failure> {
+        let transfer = &format!("{}-{disk}", backup.name_any());
         let secret = self.until::<ImageTransfer, String>(transfer, bound, |object| {
             let Some(status) = object.and_then(|object| object.status.as_ref()) else { return Ok(None) };
+            if status.backup_uid != backup.uid() {
+                return Ok(None);
+            }
             if status.phase.is_terminal() {
                 return Err(because("ImageTransfer", transfer, &status.conditions));
             }
@@ -252,8 +306,16 @@ fn is_refusal(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if matches!(status.code, 401 | 403 | 404))
 }
 
-fn present<'a>(object: Option<&'a VmBackup>, name: &str) -> Result<&'a VmBackup, Failure> {
-    object.ok_or_else(|| Failure::NotFound(format!("VmBackup {name} is gone: somebody deleted it")))
+/// Whether the API server will not think otherwise of a request, and did nothing.
+fn is_final(code: u16) -> bool {
+    (400..500).contains(&code) && !matches!(code, 408 | 429)
+}
+
+/// The object, when it is still that one: another one of its name holds another point in time.
+fn present<'a>(object: Option<&'a VmBackup>, backup: &VmBackup) -> Result<&'a VmBackup, Failure> {
+    object.filter(|object| object.uid() == backup.uid()).ok_or_else(|| {
+        Failure::NotFound(format!("VmBackup {} is gone: somebody deleted it", backup.name_any()))
+    })
 }
 
 /// An error once the backup has ended, or is to end, otherwise than well.

@@ -85,7 +85,8 @@ pub struct Backup {
 pub enum Outcome {
     /// It Succeeded: Virtmark saw too that all was read.
     Succeeded,
-    /// All was read, and it was left for somebody else to finalize (`virtmark backup download`).
+    /// All was read, and whether it Succeeded was not seen: it was left for somebody else to finalize (`virtmark backup
+    /// download`), or it was gone before.
     Read,
 }
 

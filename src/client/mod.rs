@@ -3,11 +3,12 @@
 //! ovirt-imageio client does.
 //!
 //! ```text
-//!  I/O       args -> command -> backup -> download -> images (HTTP)    target (qcow2, raw)
-//!                            \-> verify, restore, look   folder (a restore point on disk)
+//!  I/O       args -> command -> backup, steps -> download -> images (HTTP)    target (qcow2, raw)
+//!                            |             \-> publish   folder (a restore point on disk)
+//!                            \-> verify, restore, look
 //!            kubernetes (objects, watches, tickets)   interrupt   screen
 //!  values    manifest  chain  names  extents  plan  progress  words  output  record
-//!            inventory  explain  exit
+//!            state  resume  inventory  explain  exit
 //! ```
 //!
 //! The values are functions of values: no file, no socket, no clock.
@@ -20,6 +21,8 @@ pub mod download;
 pub mod exit;
 pub mod explain;
 pub mod extents;
+#[cfg(test)]
+mod fake;
 pub mod folder;
 pub mod images;
 pub mod interrupt;
@@ -31,12 +34,18 @@ pub mod names;
 pub mod output;
 pub mod plan;
 pub mod progress;
+pub mod publish;
 pub mod record;
 pub mod restore;
+pub mod resume;
 pub mod screen;
 pub mod spool;
+pub mod state;
+pub mod steps;
 pub mod store;
 pub mod target;
+#[cfg(test)]
+mod tests;
 pub mod verify;
 pub mod words;
 

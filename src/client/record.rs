@@ -3,12 +3,12 @@
 use kube::ResourceExt as _;
 
 use super::backup::Wanted;
-use super::folder::{DiskState, State};
 use super::kubernetes::RUN;
 use super::manifest::{self, Base, DiskFormat, Manifest, Outcome, ReadMode};
 use super::names;
+use super::state::{DiskState, State};
 use crate::api::{
-    BackupDisk, BackupType, DiskMode, LABEL_OWNER, Quiesce, VmBackup, VmBackupSpec, VmBackupStatus,
+    BackupDisk, BackupType, DiskMode, LABEL_OWNER, Phase, Quiesce, VmBackup, VmBackupSpec, VmBackupStatus,
     conditions,
 };
 
@@ -52,9 +52,12 @@ pub(super) fn mode(
     below: Option<&Manifest>,
 ) -> DiskState {
     let format = state.format;
-    let from = state.parent.as_ref().map(|(_, checkpoint)| checkpoint.as_str());
-    let is_from_there = from.is_some() && from == status.from_checkpoint.as_deref();
-    let base = below.filter(|_| is_from_there && disk.mode == DiskMode::Incremental);
+    let is_from_there = |below: &&Manifest| {
+        state.parent.as_ref().is_some_and(|(parent, checkpoint)| {
+            parent.uid == below.backup.uid && Some(&checkpoint.name) == status.from_checkpoint.as_ref()
+        })
+    };
+    let base = below.filter(is_from_there).filter(|_| disk.mode == DiskMode::Incremental);
     let base = base.and_then(|below| below.disk(&disk.name)).filter(|base| base.in_checkpoint);
     let base = base.map(|base| Base { file: base.file.clone(), format: base.format });
     let (mode, reason) = match (disk.mode, &base) {
@@ -79,12 +82,11 @@ pub(super) fn mode(
 pub(super) fn described(
     name: &str,
     state: &DiskState,
-    told: Option<&BackupDisk>,
-    domain: &serde_json::Value,
+    all: &State,
     bytes: u64,
     blake3: String,
 ) -> manifest::Disk {
-    let disks = domain["disks"].as_array().into_iter().flatten();
+    let disks = all.domain["disks"].as_array().into_iter().flatten();
     let known = disks.into_iter().find(|disk| disk["target"] == name);
     let (size, total) = state.work.unwrap_or_default();
     manifest::Disk {
@@ -93,7 +95,7 @@ pub(super) fn described(
         size,
         mode: state.mode,
         mode_reason: state.reason.clone(),
-        in_checkpoint: told.is_some_and(|disk| disk.in_checkpoint),
+        in_checkpoint: all.told(name).is_some_and(|disk| disk.in_checkpoint),
         file: state.file.clone(),
         format: match state.file.ends_with(".raw") {
             true => DiskFormat::Raw,
@@ -106,15 +108,9 @@ pub(super) fn described(
     }
 }
 
-/// The manifest of what was read.
-pub(super) fn manifest(
-    state: &State,
-    backup: &VmBackup,
-    status: &VmBackupStatus,
-    outcome: Outcome,
-    checkpoint: Option<manifest::Checkpoint>,
-    disks: Vec<manifest::Disk>,
-) -> Manifest {
+/// The manifest of what was read of a VmBackup.
+pub(super) fn manifest(state: &State, backup: &VmBackup, disks: Vec<manifest::Disk>) -> Manifest {
+    let status = backup.status.clone().unwrap_or_default();
     let is_incremental = disks.iter().any(|disk| disk.mode == ReadMode::Incremental);
     Manifest {
         version: manifest::VERSION,
@@ -123,19 +119,22 @@ pub(super) fn manifest(
         vm: manifest::Vm {
             name: state.vm.clone(),
             namespace: state.namespace.clone(),
-            uuid: status.vm_uuid.clone().unwrap_or_default(),
+            uuid: status.vm_uuid.unwrap_or_default(),
             status: state.domain.clone(),
             domain_xml: None,
         },
         backup: manifest::Backup {
-            name: state.backup.clone(),
+            name: backup.name_any(),
             uid: backup.uid().unwrap_or_default(),
-            node: status.node_name.clone(),
-            outcome,
+            node: status.node_name,
+            outcome: match status.phase {
+                Phase::Succeeded => Outcome::Succeeded,
+                _ => Outcome::Read,
+            },
         },
-        taken_at: status.ready_time.as_ref().map(|time| time.0.to_string()).unwrap_or_default(),
+        taken_at: status.ready_time.map(|time| time.0.to_string()).unwrap_or_default(),
         quiesced: conditions::is_true(&status.conditions, conditions::QUIESCED),
-        checkpoint,
+        checkpoint: state.checkpoint.clone(),
         parent: state.parent.as_ref().filter(|_| is_incremental).map(|(parent, _)| parent.clone()),
         disks,
     }
@@ -143,16 +142,17 @@ pub(super) fn manifest(
 
 #[cfg(test)]
 mod tests {
-    use super::super::folder::Kind;
-    use super::super::manifest::Parent;
     use super::super::manifest::tests::example;
+    use super::super::manifest::{Checkpoint, Parent};
+    use super::super::state::Kind;
     use super::*;
     use serde_json::json;
 
     fn state(parent: bool) -> State {
         let mut state = State::new("b", "db01", "vms", Kind::Auto, DiskFormat::Qcow2);
         let there = Parent { name: "a".to_owned(), uid: "uid-a".to_owned() };
-        state.parent = parent.then(|| (there, "cp-a".to_owned()));
+        let checkpoint = Checkpoint { name: "cp-a".to_owned(), bitmap: "bm-a".to_owned() };
+        state.parent = parent.then_some((there, checkpoint));
         state
     }
 
@@ -167,12 +167,15 @@ mod tests {
         let below = example("a", None);
         let mut without = below.clone();
         without.disks[0].in_checkpoint = false;
+        let mut other = below.clone();
+        other.backup.uid = "of a later one of its name".to_owned();
         let rows = [
             ("Incremental", "cp-a", true, Some(&below), "Incremental", None),
             ("Incremental", "cp-other", true, Some(&below), "Full", Some(NO_BASE_HERE)),
             ("Incremental", "cp-a", false, Some(&below), "Full", Some(NO_BASE_HERE)),
             ("Incremental", "cp-a", true, None, "Full", Some(NO_BASE_HERE)),
             ("Incremental", "cp-a", true, Some(&without), "Full", Some(NO_BASE_HERE)),
+            ("Incremental", "cp-a", true, Some(&other), "Full", Some(NO_BASE_HERE)),
             ("Full", "cp-a", true, Some(&below), "Full", Some("SizeChanged")),
         ];
         for (mode, from, parent, below, is, reason) in rows {
@@ -193,14 +196,17 @@ mod tests {
     fn a_manifest_names_a_parent_only_when_a_disk_lies_over_it() {
         let (told, status) = told("Full", "cp-a");
         let found = super::mode(&told, &status, &state(true), Some(&example("a", None)));
-        let domain = json!({"disks": [{"target": "vda", "serial": "s-1"}]});
-        let disk = described("vda", &found, Some(&told), &domain, 7, "00".to_owned());
+        let mut all = state(true);
+        all.domain = json!({"disks": [{"target": "vda", "serial": "s-1"}]});
+        all.saw(&super::super::state::tests::backup("b", "u", "Ready", &["vda"]));
+        let disk = described("vda", &found, &all, 7, "00".to_owned());
         assert_eq!((disk.serial.as_deref(), disk.in_checkpoint, disk.bytes), (Some("s-1"), true, 7));
-        let object =
+        let mut object =
             object("b", serde_json::from_value(json!({"vm": "db01"})).unwrap(), Some("me"), Some("r"));
         assert_eq!(object.labels()[LABEL_OWNER], "me");
-        let manifest = manifest(&state(true), &object, &status, Outcome::Succeeded, None, vec![disk]);
-        assert_eq!(manifest.parent, None);
+        object.status = Some(VmBackupStatus { phase: Phase::Ready, ..status });
+        let manifest = manifest(&state(true), &object, vec![disk]);
+        assert_eq!((manifest.parent.as_ref(), manifest.backup.outcome), (None, Outcome::Read));
         assert_eq!(Manifest::parse(&manifest.text()), Ok(manifest));
     }
 }

@@ -1,11 +1,12 @@
-//! The client ends in the middle: by a kill, by Ctrl-C.
+//! The client ends in the middle: by a kill, by Ctrl-C; and what it left is gone on with, or kept, or is no more.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use rustix::process::Signal;
-use virtmark_bed::{Disk, compare};
+use serde_json::json;
+use virtmark_bed::{Disk, compare, wait_until};
 
-use super::process::{Client, remember};
-use super::rig::{MIB, Rig};
+use super::process::{Client, Running, remember};
+use super::rig::{BOUND, MIB, Rig};
 
 /// A VM with enough data to be caught in the middle.
 fn large(name: &str) -> Result<Rig> {
@@ -34,6 +35,11 @@ fn a_client_that_is_killed_leaves_no_backup_and_its_successor_goes_on() -> Resul
         let said = client.run(&[&[command, client.path()], more].concat())?;
         assert_eq!(said.code, 3, "{command}: {}", said.err);
     }
+    // one that is asked for otherwise is another one, and takes nothing of it
+    let said = client.run(&[&arguments[..], &["--owner", "another"]].concat())?;
+    assert_eq!(said.code, 2, "{}", said.err);
+    ensure!(said.err.contains("another --owner"), "{}", said.err);
+    assert_eq!(client.names()?, [format!(".{backup}.partial")]);
     // what the guest writes now is not in it
     rig.vm.write("vda", 0, MIB, 0x77)?;
     let said = client.done(&arguments)?;
@@ -64,5 +70,90 @@ fn ctrl_c_cancels_the_backup_and_leaves_nothing() -> Result<()> {
     assert_eq!(client.names()?, Vec::<String>::new(), "{}", said.err);
     rig.phase("vmbackup", &backup, "Failed")?;
     rig.reason("vmbackup", &backup, "Cancelled")?;
+    rig.host_is_clean()
+}
+
+/// Stops a client that has read all, and has its VmBackup succeed meanwhile; the VmBackup's name.
+fn succeeds_behind(rig: &Rig, client: &Client<'_>, running: &mut Running) -> Result<String> {
+    wait_until(BOUND, "the client to have read all", || {
+        if let Some(code) = running.ended()? {
+            bail!("it ended with {code} before: {}", running.words());
+        }
+        Ok(running.words().contains("Finalizing the backup").then_some(()))
+    })?;
+    running.signal(Signal::STOP)?;
+    let names = client.names()?;
+    let name = names.first().map(|name| name.trim_matches('.').trim_end_matches(".partial").to_owned());
+    let backup = name.unwrap_or_default();
+    client.note(&backup);
+    rig.state("vmbackup", &backup, "Finalized")?;
+    rig.phase("vmbackup", &backup, "Succeeded")?;
+    Ok(backup)
+}
+
+#[test]
+fn ctrl_c_that_comes_too_late_keeps_what_was_read() -> Result<()> {
+    let rig = large("clitoolate")?;
+    let client = Client::of(&rig);
+    let then = remember(&rig, "vda", "toolate")?;
+    let mut running = client.start(&["backup", "full", "clitoolate", "--to", client.path()])?;
+    let backup = succeeds_behind(&rig, &client, &mut running)?;
+    running.signal(Signal::INT)?;
+    running.signal(Signal::CONT)?;
+    let said = running.end()?;
+    assert_eq!(said.code, 0, "{}", said.err);
+    let point = client.point(said.out.trim())?;
+    assert_eq!((point.name(), &point.manifest["backup"]["outcome"]), (backup, &json!("Succeeded")));
+    compare(&then, &point.file("vda"), "qcow2")?;
+    client.done(&["verify", client.path()])?;
+    // the next one lies over it: the server took it for kept, and so it is
+    let then = remember(&rig, "vda", "next")?;
+    let next = client.take(&["incremental", "clitoolate"])?;
+    compare(&then, &next.file("vda"), "qcow2")
+}
+
+#[test]
+fn what_was_read_of_a_backup_that_succeeded_outlives_client_and_object() -> Result<()> {
+    let rig = large("cligone")?;
+    let client = Client::of(&rig);
+    let then = remember(&rig, "vda", "gone")?;
+    let arguments = ["backup", "cligone", "--to", client.path()];
+    let mut running = client.start(&arguments)?;
+    let backup = succeeds_behind(&rig, &client, &mut running)?;
+    running.signal(Signal::KILL)?;
+    running.end()?;
+    rig.delete("vmbackup", &backup)?;
+    let said = client.done(&arguments)?;
+    let point = client.point(said.out.trim())?;
+    assert_eq!((point.name(), &point.manifest["backup"]["outcome"]), (backup, &json!("Read")));
+    compare(&then, &point.file("vda"), "qcow2")?;
+    let then = remember(&rig, "vda", "next")?;
+    let next = client.take(&["incremental", "cligone"])?;
+    compare(&then, &next.file("vda"), "qcow2")
+}
+
+#[test]
+fn a_backup_that_has_the_name_of_an_earlier_one_is_read_from_its_begin() -> Result<()> {
+    let rig = large("cliagain")?;
+    let client = Client::of(&rig);
+    let name = "cliagain-mine";
+    let arguments =
+        ["backup", "download", "cliagain", "--backup", name, "--max-workers", "1", "--to", client.path()];
+    rig.backup(name, json!({"vm": "cliagain"}))?;
+    rig.phase("vmbackup", name, "Ready")?;
+    let mut running = client.start(&arguments)?;
+    client.reads(&mut running, "vda.full.qcow2", 60 * MIB)?;
+    running.signal(Signal::KILL)?;
+    running.end()?;
+    rig.delete("vmbackup", name)?;
+    // what was read is of before
+    rig.vm.write("vda", 0, 100 * MIB, 0x99)?;
+    let then = remember(&rig, "vda", "again")?;
+    rig.backup(name, json!({"vm": "cliagain"}))?;
+    rig.phase("vmbackup", name, "Ready")?;
+    let said = client.done(&arguments)?;
+    ensure!(said.err.contains("Removing what is left"), "{}", said.err);
+    compare(&then, &client.point(said.out.trim())?.file("vda"), "qcow2")?;
+    client.done(&["backup", "stop", "cliagain", name])?;
     rig.host_is_clean()
 }

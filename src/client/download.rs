@@ -152,7 +152,7 @@ async fn prepare(partial: &mut Partial, name: &str, connection: &mut Connection)
     if disk.work.is_none() {
         let mut body = connection.extents(plan::context(disk.mode)).await?;
         let mut writer = spool::Writer::create(&partial.file(&folder::work(name)))?;
-        let (mut parser, mut planner) = (Parser::default(), Planner::new(disk.mode));
+        let (mut parser, mut planner) = (Parser::new(disk.mode), Planner::new(disk.mode));
         let mut failed = Ok(());
         while let Some(bytes) = body.next().await? {
             parser.push(&bytes, |extent| {
@@ -164,7 +164,7 @@ async fn prepare(partial: &mut Partial, name: &str, connection: &mut Connection)
             })?;
             std::mem::replace(&mut failed, Ok(()))?;
         }
-        let size = parser.finish()?;
+        let size = parser.finish(partial.state.size(name))?;
         let (last, total) = planner.finish();
         last.map_or(Ok(()), |piece| writer.push(&piece))?;
         writer.finish()?;

@@ -3,6 +3,7 @@
 
 use serde::Deserialize;
 
+use super::manifest::ReadMode;
 use crate::extent::{Extent, Flags};
 
 /// Longest text of one extent.
@@ -20,6 +21,14 @@ pub enum ExtentsError {
     /// It ended too early.
     #[error("it was cut off at offset {0}; try again")]
     CutOff(u64),
+    /// It is of a disk of another size.
+    #[error("it covers {covered} bytes, and the disk has {size}; report it")]
+    Size {
+        /// Bytes that it covers.
+        covered: u64,
+        /// Bytes of the disk, as its VmBackup says.
+        size: u64,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +42,7 @@ enum Place {
 /// A list that is being read.
 #[derive(Debug)]
 pub struct Parser {
+    mode: ReadMode,
     place: Place,
     text: Vec<u8>,
     seen: u64,
@@ -47,17 +57,17 @@ struct Told {
     zero: bool,
     #[serde(default)]
     hole: bool,
-    #[serde(default)]
-    dirty: bool,
-}
-
-impl Default for Parser {
-    fn default() -> Self {
-        Self { place: Place::Before, text: Vec::with_capacity(LONGEST), seen: 0, end: 0 }
-    }
+    /// A list of what changed that does not say it changed nothing, if this were false without being told.
+    dirty: Option<bool>,
 }
 
 impl Parser {
+    /// Of a disk that is read in this mode: what is needed for that must be told.
+    #[must_use]
+    pub fn new(mode: ReadMode) -> Self {
+        Self { mode, place: Place::Before, text: Vec::with_capacity(LONGEST), seen: 0, end: 0 }
+    }
+
     /// Takes the next bytes; gives each extent that is whole to `each`.
     ///
     /// # Errors
@@ -95,19 +105,26 @@ impl Parser {
             return Err(ExtentsError::Gap(self.end));
         }
         self.end = end;
+        if self.mode == ReadMode::Incremental && told.dirty.is_none() {
+            return Err(ExtentsError::Malformed(self.seen));
+        }
         let flag = |holds: bool, flag: Flags| if holds { flag } else { Flags::DATA };
         let flags = flag(told.zero, Flags::ZERO)
             .union(flag(told.hole, Flags::HOLE))
-            .union(flag(told.dirty, Flags::DIRTY));
+            .union(flag(told.dirty == Some(true), Flags::DIRTY));
         Ok(Extent { start: told.start, length: told.length, flags })
     }
 
-    /// The size of the disk in bytes, once the list is whole.
+    /// The size of the disk in bytes, once the list is whole; it must be `size`, where that is known.
     ///
     /// # Errors
-    /// When it was cut off.
-    pub fn finish(self) -> Result<u64, ExtentsError> {
-        if self.place == Place::After { Ok(self.end) } else { Err(ExtentsError::CutOff(self.end)) }
+    /// When it was cut off, or is of a disk of another size.
+    pub fn finish(self, size: Option<u64>) -> Result<u64, ExtentsError> {
+        match size {
+            _ if self.place != Place::After => Err(ExtentsError::CutOff(self.end)),
+            Some(size) if size != self.end => Err(ExtentsError::Size { covered: self.end, size }),
+            _ => Ok(self.end),
+        }
     }
 }
 
@@ -119,12 +136,12 @@ mod tests {
         {\"start\": 65536, \"length\": 512, \"dirty\": true, \"zero\": true}]\n";
 
     fn read(text: &str, piece: usize) -> Result<(Vec<Extent>, u64), ExtentsError> {
-        let mut parser = Parser::default();
+        let mut parser = Parser::new(ReadMode::Incremental);
         let mut found = Vec::new();
         for bytes in text.as_bytes().chunks(piece.max(1)) {
             parser.push(bytes, |extent| found.push(extent))?;
         }
-        parser.finish().map(|size| (found, size))
+        parser.finish(None).map(|size| (found, size))
     }
 
     #[test]
@@ -149,8 +166,11 @@ mod tests {
     #[test]
     fn gaps_overlaps_and_other_texts_are_refused() {
         let rows = [
-            ("[{\"start\": 1, \"length\": 2}]", ExtentsError::Gap(0)),
-            ("[{\"start\": 0, \"length\": 2}, {\"start\": 1, \"length\": 2}]", ExtentsError::Gap(2)),
+            ("[{\"start\": 1, \"length\": 2, \"dirty\": true}]", ExtentsError::Gap(0)),
+            (
+                "[{\"start\": 0, \"length\": 2, \"dirty\": true}, {\"start\": 1, \"length\": 2}]",
+                ExtentsError::Gap(2),
+            ),
             ("[{\"start\": 0, \"length\": 0}]", ExtentsError::Gap(0)),
             ("{\"error\": 1}", ExtentsError::Malformed(1)),
             ("[{\"start\": -1, \"length\": 2}]", ExtentsError::Malformed(27)),
@@ -162,5 +182,29 @@ mod tests {
         }
         let long = format!("[{{{}", " ".repeat(LONGEST + 1));
         assert!(matches!(read(&long, 64), Err(ExtentsError::Malformed(_))));
+    }
+
+    #[test]
+    fn what_is_not_told_is_not_taken_for_unchanged() {
+        let list = "[{\"start\": 0, \"length\": 512, \"zero\": false, \"hole\": false}]";
+        let read = |mode: ReadMode| {
+            let mut parser = Parser::new(mode);
+            parser.push(list.as_bytes(), |_| ()).and_then(|()| parser.finish(None))
+        };
+        assert!(matches!(read(ReadMode::Incremental), Err(ExtentsError::Malformed(_))));
+        assert_eq!(read(ReadMode::Full), Ok(512), "a full one needs no more");
+    }
+
+    #[test]
+    fn a_list_of_less_or_more_than_the_disk_is_refused() {
+        let finish = |size: Option<u64>| {
+            let mut parser = Parser::new(ReadMode::Incremental);
+            parser.push(LIST.as_bytes(), |_| ()).and_then(|()| parser.finish(size))
+        };
+        assert_eq!(finish(None), Ok(66048));
+        assert_eq!(finish(Some(66048)), Ok(66048));
+        for size in [0, 65536, 66049] {
+            assert_eq!(finish(Some(size)), Err(ExtentsError::Size { covered: 66048, size }));
+        }
     }
 }

@@ -8,7 +8,7 @@ use super::chain;
 use super::exit::Failure;
 use super::folder;
 use super::kubernetes::unless;
-use super::manifest::DiskFormat;
+use super::manifest::{DiskFormat, Manifest};
 use super::screen::Screen;
 use super::store::Store;
 use super::target::qemu_img_done;
@@ -40,7 +40,7 @@ pub async fn restore(
 ) -> Result<Vec<PathBuf>, Failure> {
     let point = match &wanted.point {
         Some(name) => store.point(name),
-        None => store.points.last(),
+        None => newest(store, screen)?,
     };
     let point = point.ok_or_else(|| {
         let name = wanted.point.as_deref().unwrap_or("one");
@@ -89,7 +89,42 @@ pub async fn restore(
     Ok(made)
 }
 
+/// The newest restore point of the only VM that has any here.
+fn newest<'a>(store: &'a Store, screen: &Screen) -> Result<Option<&'a Manifest>, Failure> {
+    if let Some((name, words)) = store.unreadable.first() {
+        screen.warn(format!("{name} may be newer, and is not looked at: {words}"));
+    }
+    let newest = store.points.last();
+    match newest.and_then(|newest| store.points.iter().find(|other| other.vm.uuid != newest.vm.uuid)) {
+        None => Ok(newest),
+        Some(other) => Err(Failure::Usage(format!(
+            "{} has restore points of several VMs, {} and {} among them: name one with --point",
+            store.root.display(),
+            other.vm.name,
+            newest.map(|newest| newest.vm.name.as_str()).unwrap_or_default()
+        ))),
+    }
+}
+
 async fn convert(from: &Path, format: DiskFormat, to: &Path, other: DiskFormat) -> Result<(), Failure> {
     let words = ["convert", "-q", "-f", format.as_str(), "-O", other.as_str()].map(OsStr::new);
     qemu_img_done(words.into_iter().chain([from.as_os_str(), to.as_os_str()])).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::manifest::tests::example;
+    use super::*;
+
+    #[test]
+    fn the_newest_is_of_the_only_vm_here() {
+        let points = vec![example("a", None), example("b", Some("a"))];
+        let mut store = Store { points, ..Store::default() };
+        let screen = Screen::new(true);
+        assert_eq!(newest(&store, &screen).unwrap().map(|point| point.name.as_str()), Some("b"));
+        store.points[0].vm.uuid = "another".to_owned();
+        assert!(matches!(newest(&store, &screen), Err(Failure::Usage(_))));
+        store.points.clear();
+        assert!(newest(&store, &screen).unwrap().is_none());
+    }
 }

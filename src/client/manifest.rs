@@ -122,7 +122,7 @@ pub struct Disk {
     pub size: u64,
     /// Whether the file is the whole disk, or lies over another.
     pub mode: ReadMode,
-    /// Why the whole disk was read although an incremental backup was asked for.
+    /// Why the whole disk was read although an incremental backup was asked for; `Merged` when `chain merge` made it whole.
     pub mode_reason: Option<String>,
     /// Whether it is in the checkpoint: the next backup can be incremental.
     pub in_checkpoint: bool,

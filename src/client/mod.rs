@@ -8,7 +8,7 @@
 //!                            \-> verify, restore, look
 //!            kubernetes (objects, watches, tickets)   interrupt   screen
 //!  values    manifest  chain  names  extents  plan  progress  words  output  record
-//!            state  resume  inventory  explain  exit
+//!            state  resume  inventory  explain  exit  reshape  moves
 //! ```
 //!
 //! The values are functions of values: no file, no socket, no clock.
@@ -30,12 +30,14 @@ pub mod inventory;
 pub mod kubernetes;
 pub mod look;
 pub mod manifest;
+pub mod moves;
 pub mod names;
 pub mod output;
 pub mod plan;
 pub mod progress;
 pub mod publish;
 pub mod record;
+pub mod reshape;
 pub mod restore;
 pub mod resume;
 pub mod screen;

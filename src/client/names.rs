@@ -14,6 +14,9 @@ pub const STATE: &str = "state.json";
 /// looks complete.
 const PARTIAL: (&str, &str) = (".", ".partial");
 
+/// What the folder beside a restore point begins with, in which `chain` changes it.
+const HIDDEN: &str = ".";
+
 /// Longest name of a VmBackup (its transfers are named after it).
 const LONGEST: usize = 180;
 
@@ -37,6 +40,43 @@ pub fn partial(point: &str) -> String {
 #[must_use]
 pub fn of_partial(folder: &str) -> Option<&str> {
     folder.strip_prefix(PARTIAL.0)?.strip_suffix(PARTIAL.1).filter(|point| !point.is_empty())
+}
+
+/// A folder beside a restore point while `chain` changes or removes it. Hidden too; what is left of one is no restore point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Aside {
+    /// The restore point as it is to be; once they changed places, as it was.
+    New,
+    /// As it was, where two folders cannot change places in one step.
+    Old,
+    /// The restore point that is being removed.
+    Gone,
+}
+
+impl Aside {
+    const ALL: [Self; 3] = [Self::New, Self::Old, Self::Gone];
+
+    const fn ending(self) -> &'static str {
+        match self {
+            Self::New => ".chain-new",
+            Self::Old => ".chain-old",
+            Self::Gone => ".chain-gone",
+        }
+    }
+}
+
+/// The folder beside a restore point.
+#[must_use]
+pub fn aside(point: &str, aside: Aside) -> String {
+    format!("{HIDDEN}{point}{}", aside.ending())
+}
+
+/// The restore point that a folder of this name is beside of.
+#[must_use]
+pub fn of_aside(folder: &str) -> Option<(&str, Aside)> {
+    let hidden = folder.strip_prefix(HIDDEN)?;
+    let found = Aside::ALL.into_iter().find_map(|aside| Some((hidden.strip_suffix(aside.ending())?, aside)));
+    found.filter(|(point, _)| is_plain(point))
 }
 
 /// The file of a disk in its restore point.
@@ -80,6 +120,18 @@ mod tests {
         assert_eq!(partial("db01-1"), ".db01-1.partial");
         for (folder, point) in [(".db01-1.partial", Some("db01-1")), ("db01-1", None), (".partial", None)] {
             assert_eq!(of_partial(folder), point, "{folder}");
+        }
+    }
+
+    #[test]
+    fn a_folder_beside_is_hidden_and_found_again() {
+        for kind in Aside::ALL {
+            let folder = aside("db01-1", kind);
+            assert_eq!(of_aside(&folder), Some(("db01-1", kind)));
+            assert!(!is_plain(&folder) && of_partial(&folder).is_none());
+        }
+        for other in ["db01-1", ".db01-1.partial", ".chain-new", "...chain-new", "x.chain-old"] {
+            assert_eq!(of_aside(other), None, "{other}");
         }
     }
 

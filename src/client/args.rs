@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::chain_line::Chain;
 use super::exit;
 use super::images::Way;
 use super::manifest::DiskFormat;
@@ -75,7 +76,7 @@ Standard output has the path of the new restore point, and nothing else."
         #[arg(long, short = 'o', value_enum, default_value_t)]
         output: Output,
     },
-    /// Look at the chains of restore points
+    /// Look at the chains of restore points, shorten them, remove what is old
     #[command(subcommand)]
     Chain(Chain),
     /// Write the disks of a restore point as plain files
@@ -256,19 +257,6 @@ pub struct Download {
     pub reading: Reading,
 }
 
-/// `chain`.
-#[derive(Subcommand, Debug)]
-pub enum Chain {
-    /// List the restore points of a folder, oldest first
-    List {
-        /// A folder of restore points
-        dir: PathBuf,
-        /// How they are printed
-        #[arg(long, short = 'o', value_enum, default_value_t)]
-        output: Output,
-    },
-}
-
 /// `checkpoint`.
 #[derive(Subcommand, Debug)]
 pub enum Checkpoint {
@@ -379,6 +367,12 @@ mod tests {
             assert!(parse(bad).is_err(), "{bad}");
         }
         assert!(parse("virtmark backup stop db01 db01-1 --cancel").is_ok());
+        for good in [
+            "virtmark chain merge /b/db01-1 --dry-run",
+            "virtmark chain rebase /b --point db01-1 --no-verify",
+        ] {
+            assert!(parse(good).is_ok(), "{good}");
+        }
         assert!(parse("virtmark backup download db01 --backup db01-1 --to /b").is_ok());
     }
 }

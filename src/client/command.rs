@@ -6,9 +6,10 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
 
-use super::args::{Backup, BackupCommand, Chain, Cli, Command, Start, Take, What};
+use super::args::{Backup, BackupCommand, Cli, Command, Start, Take, What};
 use super::backup::{Session, Wanted};
 use super::chain;
+use super::chain_line::{Chain, Reshape};
 use super::download::How;
 use super::exit::{Chain as Sources, Code, Failure};
 use super::images::Way;
@@ -17,6 +18,7 @@ use super::kubernetes::Cluster;
 use super::manifest::{DiskFormat, Manifest};
 use super::output::{List, value};
 use super::restore;
+use super::rewrite;
 use super::screen::Screen;
 use super::state::Kind;
 use super::store::Store;
@@ -96,6 +98,8 @@ async fn run(cli: Cli) -> Result<Code, Failure> {
             }
         }
         Command::Chain(Chain::List { dir, output }) => points(&Store::find(&dir)?.0).text(output),
+        Command::Chain(Chain::Merge(wanted)) => rewrite::merge(&reshape(wanted), &screen, &stop).await?,
+        Command::Chain(Chain::Rebase(wanted)) => rewrite::rebase(&reshape(wanted), &screen, &stop).await?,
         Command::Restore(wanted) => {
             let (store, only) = Store::find(&wanted.dir)?;
             let wanted = restore::Wanted {
@@ -115,6 +119,11 @@ async fn run(cli: Cli) -> Result<Code, Failure> {
     };
     print(&told)?;
     Ok(Code::Done)
+}
+
+fn reshape(wanted: Reshape) -> rewrite::Wanted {
+    let Reshape { dir, point, no_verify, dry_run } = wanted;
+    rewrite::Wanted { dir, point, verify: !no_verify, dry_run }
 }
 
 async fn back_up(backup: Backup, session: &Session) -> Result<Code, Failure> {
@@ -232,7 +241,9 @@ fn verdicts(found: &verify::Found) -> List<'static> {
             "it is no restore point; virtmark backup goes on with it".to_owned(),
         ]
     };
-    let rows = found.points.iter().map(row).chain(found.unfinished.iter().map(unfinished)).collect();
+    let left = |(folder, words): &(String, String)| vec![folder.clone(), "Left".to_owned(), words.clone()];
+    let rows = found.points.iter().map(row).chain(found.unfinished.iter().map(unfinished));
+    let rows = rows.chain(found.left.iter().map(left)).collect();
     List { columns: &["POINT", "STATE", "PROBLEMS"], narrow: 3, rows, value: value(found) }
 }
 
@@ -268,6 +279,9 @@ fn points(store: &Store) -> List<'static> {
     };
     rows.extend(store.unreadable.iter().map(|(name, words)| bad(name, format!("Unreadable: {words}"))));
     rows.extend(store.unfinished.iter().map(|name| bad(name, "Unfinished".to_owned())));
+    rows.extend(
+        verify::left(store).into_iter().map(|(folder, words)| bad(&folder, format!("Left: {words}"))),
+    );
     let columns =
         &["POINT", "VM", "TYPE", "PARENT", "SIZE", "TAKEN", "STATE", "DEPTH", "CHECKPOINT", "DISKS"];
     List { columns, narrow: 7, rows, value: value(&store.points) }

@@ -172,7 +172,7 @@ pub fn work(disk: &str) -> String {
     format!("{disk}.work")
 }
 
-fn lock(path: &Path) -> Result<File, Failure> {
+pub(super) fn lock(path: &Path) -> Result<File, Failure> {
     let folder = File::open(path).map_err(Failure::file(path))?;
     match folder.try_lock() {
         Ok(()) => Ok(folder),
@@ -191,7 +191,7 @@ fn remove(path: &Path) -> Result<(), Failure> {
 }
 
 /// Writes a file, all or nothing.
-fn write(path: &Path, text: &str) -> Result<(), Failure> {
+pub(super) fn write(path: &Path, text: &str) -> Result<(), Failure> {
     let beside = path.with_extension("new");
     let failed = || Failure::file(&beside);
     let mut file = File::create(&beside).map_err(failed())?;

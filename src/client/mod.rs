@@ -6,6 +6,7 @@
 //!  I/O       args -> command -> backup, steps -> download -> images (HTTP)    target (qcow2, raw)
 //!                            |             \-> publish   folder (a restore point on disk)
 //!                            \-> verify, restore, look
+//!                            \-> rewrite -> staging (a restore point that gives way to its successor)
 //!            kubernetes (objects, watches, tickets)   interrupt   screen
 //!  values    manifest  chain  names  extents  plan  progress  words  output  record
 //!            state  resume  inventory  explain  exit  reshape  moves
@@ -16,6 +17,7 @@
 pub mod args;
 pub mod backup;
 pub mod chain;
+pub mod chain_line;
 pub mod command;
 pub mod download;
 pub mod exit;
@@ -40,8 +42,10 @@ pub mod record;
 pub mod reshape;
 pub mod restore;
 pub mod resume;
+pub mod rewrite;
 pub mod screen;
 pub mod spool;
+pub mod staging;
 pub mod state;
 pub mod steps;
 pub mod store;

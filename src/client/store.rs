@@ -19,6 +19,8 @@ pub struct Store {
     pub unreadable: Vec<(String, String)>,
     /// Names of those that are being written, or were when their process ended.
     pub unfinished: Vec<String>,
+    /// Folders that `chain` has beside restore points, or had when its process ended: whose, and which.
+    pub asides: Vec<(String, names::Aside)>,
 }
 
 impl Store {
@@ -40,6 +42,10 @@ impl Store {
             }
             if let Some(point) = names::of_partial(&name) {
                 store.unfinished.push(point.to_owned());
+                continue;
+            }
+            if let Some((point, aside)) = names::of_aside(&name) {
+                store.asides.push((point.to_owned(), aside));
                 continue;
             }
             let file = entry.path().join(names::MANIFEST);
@@ -65,6 +71,7 @@ impl Store {
         chain::sort(&mut store.points);
         store.unreadable.sort();
         store.unfinished.sort();
+        store.asides.sort();
         Ok(store)
     }
 
@@ -79,7 +86,7 @@ impl Store {
         let store = Self::read(root)?;
         let only =
             is_one.then(|| whole.file_name().map(|name| name.to_string_lossy().into_owned())).flatten();
-        if store.points.is_empty() && store.unreadable.is_empty() {
+        if store.points.is_empty() && store.unreadable.is_empty() && store.asides.is_empty() {
             let words =
                 format!("{} has no restore point: virtmark backup VM --to DIR makes one", path.display());
             return Err(Failure::NotFound(words));
@@ -123,6 +130,7 @@ mod tests {
         make("cut", &example("cut", None).text()[..40]);
         make("moved", &example("other", None).text());
         make(".x.partial", &example("x", None).text());
+        make(".a.chain-new", &example("a", None).text());
         fs::create_dir(root.path().join("lost+found")).unwrap();
         let (store, only) = Store::find(root.path()).unwrap();
         let names: Vec<_> = store.points.iter().map(|point| point.name.as_str()).collect();
@@ -130,6 +138,7 @@ mod tests {
         let bad: Vec<_> = store.unreadable.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(bad, ["cut", "moved"]);
         assert_eq!(store.unfinished, ["x"]);
+        assert_eq!(store.asides, [("a".to_owned(), names::Aside::New)]);
         assert!(store.has("x") && store.has("a") && !store.has("y"));
         assert_eq!(Store::find(&root.path().join("b")).unwrap().1.as_deref(), Some("b"));
     }

@@ -12,7 +12,7 @@ use super::chain;
 use super::exit::Failure;
 use super::folder;
 use super::manifest::{Disk, DiskFormat, Manifest};
-use super::names;
+use super::names::{self, Aside};
 use super::screen::Screen;
 use super::store::Store;
 use super::target::qemu_img;
@@ -24,6 +24,8 @@ pub struct Found {
     pub points: Vec<Verdict>,
     /// Folders of restore points that are not whole yet: nothing is wrong with them, and they are none.
     pub unfinished: Vec<String>,
+    /// Folders that `chain` left when its process ended, and what to do.
+    pub left: Vec<(String, String)>,
 }
 
 /// What was found of a restore point.
@@ -71,14 +73,44 @@ pub async fn verify(
         }
     }
     let mut found = Found { unfinished: store.unfinished.clone(), ..Found::default() };
+    found.left = left(store);
     for point in store.points.iter().filter(|point| is_chosen(&point.name)) {
         found.points.push(Verdict { name: point.name.clone(), problems: problems(store, point, &files) });
     }
     for (name, words) in store.unreadable.iter().filter(|(name, _)| is_chosen(name)) {
         found.points.push(Verdict { name: name.clone(), problems: vec![words.clone()] });
     }
+    for (point, aside) in &store.asides {
+        if *aside == Aside::Old && !is_there(store, point) && is_chosen(point) {
+            let problems = vec![beside(store, point, *aside).1];
+            found.points.push(Verdict { name: point.clone(), problems });
+        }
+    }
     found.points.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// Folders that `chain` left, and what to do.
+#[must_use]
+pub fn left(store: &Store) -> Vec<(String, String)> {
+    store.asides.iter().map(|(point, aside)| beside(store, point, *aside)).collect()
+}
+
+fn beside(store: &Store, point: &str, aside: Aside) -> (String, String) {
+    let again = "run virtmark chain merge or rebase again";
+    let folder = names::aside(point, aside);
+    let words = match aside {
+        Aside::Old if !is_there(store, point) => {
+            format!("{folder} is {point}, which was being replaced: {again}, which gives it its name back")
+        }
+        Aside::Gone if !is_there(store, point) => format!("it is {point}, which was being removed: {again}"),
+        _ => format!("nothing needs it; {again}, which removes it"),
+    };
+    (folder, words)
+}
+
+fn is_there(store: &Store, point: &str) -> bool {
+    store.point(point).is_some() || store.unreadable.iter().any(|(name, _)| name == point)
 }
 
 fn problems(store: &Store, point: &Manifest, files: &BTreeMap<(String, String), Vec<String>>) -> Vec<String> {
@@ -110,7 +142,10 @@ fn problems(store: &Store, point: &Manifest, files: &BTreeMap<(String, String), 
 }
 
 /// What is wrong with one file, whatever it lies over.
-async fn file(
+///
+/// # Errors
+/// When it cannot be looked at.
+pub async fn file(
     store: &Store,
     point: &Manifest,
     disk: &Disk,

@@ -9,6 +9,7 @@ use super::exit;
 use super::images::Way;
 use super::manifest::DiskFormat;
 use super::output::Output;
+use super::transfer_line::Transfer;
 use crate::api::QuiesceMode;
 
 const EXAMPLES: &str = "Examples:
@@ -101,6 +102,9 @@ Standard output has the path of the new restore point, and nothing else."
     /// List and delete checkpoints
     #[command(subcommand)]
     Checkpoint(Checkpoint),
+    /// Look at the permissions to read disks; pause, resume, cancel, extend them
+    #[command(subcommand)]
+    Transfer(Transfer),
     /// Say in sentences why a backup is full, slow, or failed
     Explain {
         /// The VmBackup (kubectl get vmbk)
@@ -363,6 +367,9 @@ mod tests {
             "virtmark checkpoint purge db01",
             "virtmark checkpoint purge db01 --days 1 --keep 1",
             "virtmark checkpoint delete",
+            "virtmark transfer show --ticket",
+            "virtmark transfer extend t",
+            "virtmark transfer pause",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
@@ -370,6 +377,9 @@ mod tests {
         for good in [
             "virtmark chain merge /b/db01-1 --dry-run",
             "virtmark chain rebase /b --point db01-1 --no-verify",
+            "virtmark transfer show -o json",
+            "virtmark transfer show t --ticket",
+            "virtmark transfer extend t --seconds 60",
         ] {
             assert!(parse(good).is_ok(), "{good}");
         }

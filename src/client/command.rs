@@ -100,6 +100,7 @@ async fn run(cli: Cli) -> Result<Code, Failure> {
         Command::Chain(Chain::List { dir, output }) => points(&Store::find(&dir)?.0).text(output),
         Command::Chain(Chain::Merge(wanted)) => rewrite::merge(&reshape(wanted), &screen, &stop).await?,
         Command::Chain(Chain::Rebase(wanted)) => rewrite::rebase(&reshape(wanted), &screen, &stop).await?,
+        Command::Transfer(wanted) => session(screen, stop).await?.transfer(wanted).await?,
         Command::Restore(wanted) => {
             let (store, only) = Store::find(&wanted.dir)?;
             let wanted = restore::Wanted {

@@ -69,6 +69,12 @@ impl Cluster {
         Self { client, namespace: namespace.to_owned() }
     }
 
+    /// A namespace of an API server that a test answers for.
+    #[cfg(test)]
+    pub(super) fn with(client: Client, namespace: &str) -> Self {
+        Self { client, namespace: namespace.to_owned() }
+    }
+
     /// The objects of a kind.
     #[must_use]
     pub fn of<K>(&self) -> Api<K>
@@ -335,7 +341,8 @@ pub fn refused(backup: &VmBackup) -> Failure {
     because("VmBackup", &backup.name_any(), told)
 }
 
-fn because(kind: &str, name: &str, told: &[Condition]) -> Failure {
+/// Why an object ended, by its conditions.
+pub(super) fn because(kind: &str, name: &str, told: &[Condition]) -> Failure {
     let what = format!("{kind} {name}");
     match conditions::get(told, conditions::READY) {
         Some(ready) => {

@@ -6,10 +6,10 @@
 //!  I/O       args -> command -> backup, steps -> download -> images (HTTP)    target (qcow2, raw)
 //!                            |             \-> publish   folder (a restore point on disk)
 //!                            \-> verify, restore, look
-//!                            \-> rewrite -> staging (a restore point that gives way to its successor)
+//!                            \-> rewrite -> staging (a restore point that gives way to its successor)   transfer
 //!            kubernetes (objects, watches, tickets)   interrupt   screen
 //!  values    manifest  chain  names  extents  plan  progress  words  output  record
-//!            state  resume  inventory  explain  exit  reshape  moves
+//!            state  resume  inventory  explain  exit  reshape  moves  transfer_state
 //! ```
 //!
 //! The values are functions of values: no file, no socket, no clock.
@@ -52,6 +52,9 @@ pub mod store;
 pub mod target;
 #[cfg(test)]
 mod tests;
+pub mod transfer;
+pub mod transfer_line;
+pub mod transfer_state;
 pub mod verify;
 pub mod words;
 

@@ -3,24 +3,24 @@
 
 #![allow(clippy::unwrap_used, reason = "the helpers of tests, too, fail by panic")]
 
+mod nbd_fake_rig;
+
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::BytesMut;
+use nbd_fake_rig::{NO_SPACE, WRITABLE, shake_hands};
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
-use virtmark::nbd::proto::{
-    self, OptionReply, ReplyHead, Request, command, export_flag, info, option, reply,
-};
+use virtmark::nbd::client::{REPLY_TIMEOUT, SLOW_REPLY_TIMEOUT};
+use virtmark::nbd::proto::{self, ReplyHead, Request, command, export_flag};
 use virtmark::nbd::writer::ZERO_REQUEST;
 use virtmark::nbd::{Client, Export, NbdError, Writer, ZeroMode};
 
 const SIZE: usize = 100_000;
-const WRITABLE: u16 = export_flag::SEND_FLUSH | export_flag::SEND_WRITE_ZEROES;
-/// As its `server` is told.
-const NO_SPACE: u32 = 28;
 
 /// What the server has, and what it saw.
 #[derive(Default)]
@@ -30,6 +30,10 @@ struct Disk {
     block: u32,
     /// Answers are held back until so many requests are in flight, or nothing more comes.
     hold: usize,
+    /// Nothing is answered.
+    silent: bool,
+    /// The connection is closed when so many requests came.
+    closes_at: Option<usize>,
     /// The write of this number, and what comes after it, fails.
     full_at: Option<usize>,
     most_in_flight: usize,
@@ -65,53 +69,26 @@ async fn writer_to(directory: &Path, disk: Disk, window: usize) -> (Writer, Shar
     (client.writer().unwrap(), disk)
 }
 
-async fn shake_hands(stream: &mut UnixStream, disk: &Shared) -> std::io::Result<()> {
-    let mut out = BytesMut::new();
-    out.put_u64(proto::NBD_MAGIC);
-    out.put_u64(proto::OPTION_MAGIC);
-    out.put_u16(proto::FLAG_FIXED_NEWSTYLE | proto::FLAG_NO_ZEROES);
-    stream.write_all(&out).await?;
-    stream.read_u32().await?;
-    loop {
-        stream.read_u64().await?;
-        let (option, length) = (stream.read_u32().await?, stream.read_u32().await?);
-        stream.read_exact(&mut vec![0; length as usize]).await?;
-        out.clear();
-        let mut put = |kind, data: &[u8]| {
-            OptionReply { option, kind, length: u32::try_from(data.len()).unwrap() }.encode(&mut out);
-            out.put_slice(data);
-        };
-        if option == option::GO {
-            let (mut export, mut blocks) = (BytesMut::new(), BytesMut::new());
-            let disk = disk.lock().unwrap();
-            export.put_u16(info::EXPORT);
-            export.put_u64(disk.bytes.len() as u64);
-            export.put_u16(disk.flags);
-            put(reply::INFO, &export);
-            blocks.put_u16(info::BLOCK_SIZE);
-            blocks.put_u32(disk.block.max(1));
-            blocks.put_u32(4096);
-            blocks.put_u32(32 << 20);
-            put(reply::INFO, &blocks);
-        }
-        put(if option == option::GO { reply::ACK } else { reply::ERR_UNSUPPORTED }, &[]);
-        stream.write_all(&out).await?;
-        if option == option::GO {
-            return Ok(());
-        }
-    }
-}
-
 async fn talk(mut stream: UnixStream, disk: &Shared) -> std::io::Result<()> {
-    shake_hands(&mut stream, disk).await?;
+    let (size, flags, block) = {
+        let disk = disk.lock().unwrap();
+        (disk.bytes.len() as u64, disk.flags, disk.block)
+    };
+    shake_hands(&mut stream, size, flags, block).await?;
     let mut waiting: VecDeque<(Request, Vec<u8>)> = VecDeque::new();
     let mut writes = 0;
     loop {
-        let hold = disk.lock().unwrap().hold;
-        let patience = std::time::Duration::from_millis(5);
+        let (hold, silent) = {
+            let disk = disk.lock().unwrap();
+            if disk.closes_at.is_some_and(|at| disk.commands.len() >= at) {
+                return Ok(());
+            }
+            (disk.hold, disk.silent)
+        };
+        let patience = Duration::from_millis(5);
         let mut head = [0; proto::REQUEST_LEN];
         let first = stream.read_exact(&mut head[..1]);
-        let comes = if waiting.is_empty() {
+        let comes = if waiting.is_empty() || silent {
             first.await.map(|_| true)?
         } else {
             waiting.len() < hold && tokio::time::timeout(patience, first).await.is_ok_and(|read| read.is_ok())
@@ -312,7 +289,7 @@ async fn what_is_given_up_is_waited_for() {
     assert_eq!(writer.unanswered_from(), None);
     writer.write(8192, &[2; 2 * 8192 + 5]).await.unwrap();
     assert_eq!(writer.unanswered_from(), Some(8192));
-    writer.abandon().await;
+    writer.abandon().await.unwrap();
     let disk = disk.lock().unwrap();
     assert!(disk.bytes[8192..3 * 8192].iter().all(|byte| *byte == 2));
     assert_eq!(
@@ -347,4 +324,56 @@ async fn what_cannot_be_written_is_refused_before_anything_is_sent() {
     let error = writer.flush().await.unwrap_err();
     assert!(matches!(error, NbdError::Unaligned { offset: 100, length: 512, block: 512 }), "{error}");
     assert_eq!(disk.lock().unwrap().commands, [command::WRITE, command::WRITE, command::FLUSH]);
+}
+
+/// The time that a silent server is given, as the writer tells it and as it passed.
+async fn given_up(asked: impl AsyncFn(&mut Writer) -> Result<(), NbdError>) -> (Writer, Duration) {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Disk { bytes: vec![0; SIZE], flags: WRITABLE, silent: true, ..Disk::default() };
+    let (mut writer, _) = writer_to(directory.path(), disk, 4).await;
+    // time passes at once where nothing else is to be done
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    let error = asked(&mut writer).await.unwrap_err();
+    let passed = begun.elapsed();
+    tokio::time::resume();
+    let NbdError::ReplyTimeout { silent } = error else { panic!("{error}") };
+    assert!(passed >= silent && passed < silent + Duration::from_secs(1), "{passed:?} of {silent:?}");
+    (writer, silent)
+}
+
+#[tokio::test]
+async fn a_storage_has_longer_for_zeroes_and_flushes() {
+    let (_, data) = given_up(async |writer| {
+        writer.write(0, &[1; 8192]).await?;
+        writer.drain().await
+    })
+    .await;
+    let (_, zeroes) = given_up(async |writer| {
+        writer.write(0, &[1; 8192]).await?;
+        writer.zero(8192, 8192, ZeroMode::Punch).await?;
+        writer.drain().await
+    })
+    .await;
+    let (_, flush) = given_up(async |writer| writer.flush().await).await;
+    assert_eq!((data, zeroes, flush), (REPLY_TIMEOUT, SLOW_REPLY_TIMEOUT, SLOW_REPLY_TIMEOUT));
+}
+
+#[tokio::test]
+async fn what_was_not_answered_is_told_when_it_is_given_up() {
+    let (writer, _) = given_up(async |writer| {
+        writer.write(0, &[1; 3 * 8192]).await?;
+        writer.drain().await
+    })
+    .await;
+    let error = writer.abandon().await.unwrap_err();
+    assert!(matches!(error, NbdError::Unanswered { requests: 3 }), "{error}");
+
+    // one that closes the connection is known to do nothing more
+    let directory = tempfile::tempdir().unwrap();
+    let disk =
+        Disk { bytes: vec![0; SIZE], flags: WRITABLE, silent: true, closes_at: Some(2), ..Disk::default() };
+    let (mut writer, _) = writer_to(directory.path(), disk, 4).await;
+    writer.write(0, &[1; 2 * 8192]).await.unwrap();
+    writer.abandon().await.unwrap();
 }

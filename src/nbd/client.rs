@@ -11,7 +11,8 @@
 //! step. Reads are pipelined and come out in order; at most `window` requests are in flight, so that at most
 //! `window * request` bytes are held. Nothing is read from the socket unless a stream is polled.
 //!
-//! Deadlines: 10 s to connect and shake hands, 60 s for the server to send the next byte of a reply.
+//! Deadlines: 10 s to connect and shake hands, 60 s for the server to send the next byte of a reply; ten minutes while it
+//! flushes or makes zeroes.
 
 use std::collections::VecDeque;
 use std::future::{Future as _, poll_fn};
@@ -39,6 +40,10 @@ use crate::extent::{self, Coalescer, Extent};
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time without a byte of the reply that is waited for.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same while the server flushes or makes zeroes, whose time the client does not bound: a flush writes what the node's page
+/// cache holds dirty (20 % of 256 GiB at 100 MB/s: nearly nine minutes), and a storage that cannot make
+/// [`super::writer::ZERO_REQUEST`] of zeroes itself is sent them (a minute at 2 MiB/s).
+pub const SLOW_REPLY_TIMEOUT: Duration = Duration::from_secs(600);
 /// Bytes of a read request: with its head it fits the server's socket buffer (208 KiB by default), so that
 /// QEMU need not wait in the middle of a reply. Measured on tmpfs with 8 in flight: 64 KiB 1,810 MiB/s,
 /// 128 KiB 2,180-2,330, 256 KiB 1,100-1,850, 1 MiB 1,630.
@@ -75,6 +80,8 @@ pub struct Client {
     pub(super) outbox: Outbox,
     /// When the wait for the next byte began.
     waiting: Option<Instant>,
+    /// How long it may be.
+    pub(super) patience: Duration,
     timer: Pin<Box<Sleep>>,
     pub(super) request: u32,
     pub(super) window: usize,
@@ -127,6 +134,7 @@ impl Client {
             output: BytesMut::with_capacity(1024),
             outbox: Outbox::default(),
             waiting: None,
+            patience: REPLY_TIMEOUT,
             timer,
             request: REQUEST,
             window: WINDOW,
@@ -237,15 +245,14 @@ impl Client {
         }
     }
 
-    /// Pending until the deadline of the reply, which is set once a wait.
+    /// Pending until the deadline of the reply, which counts from the begin of the wait.
     fn poll_deadline<T>(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, NbdError>> {
-        if self.waiting.is_none() {
-            let now = Instant::now();
-            self.waiting = Some(now);
-            self.timer.as_mut().reset(now + REPLY_TIMEOUT);
+        let deadline = *self.waiting.get_or_insert_with(Instant::now) + self.patience;
+        if self.timer.deadline() != deadline {
+            self.timer.as_mut().reset(deadline);
         }
         ready!(self.timer.as_mut().poll(cx));
-        Poll::Ready(Err(NbdError::ReplyTimeout))
+        Poll::Ready(Err(NbdError::ReplyTimeout { silent: self.patience }))
     }
 }
 

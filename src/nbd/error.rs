@@ -3,8 +3,9 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use super::client::{CONNECT_TIMEOUT, REPLY_TIMEOUT};
+use super::client::CONNECT_TIMEOUT;
 use super::handshake::HandshakeError;
 use super::transmission::{ProtocolError, ServerError};
 
@@ -34,9 +35,21 @@ pub enum NbdError {
     /// The server closed the connection.
     #[error("the NBD server closed the connection; the backup or its QEMU ended")]
     Closed,
-    /// Nothing came for [`REPLY_TIMEOUT`].
-    #[error("the NBD server was silent for {} s; its storage may hang", REPLY_TIMEOUT.as_secs())]
-    ReplyTimeout,
+    /// Nothing came for [`super::client::REPLY_TIMEOUT`], or [`super::client::SLOW_REPLY_TIMEOUT`].
+    #[error("the NBD server was silent for {} s; its storage may hang", silent.as_secs())]
+    ReplyTimeout {
+        /// So long.
+        silent: Duration,
+    },
+    /// The connection was closed over requests without an answer: which of them are done, and when, is unknown.
+    #[error(
+        "the NBD server owes the answer to {requests} requests, and may do them at any time until it ends: end it before its \
+         image is used"
+    )]
+    Unanswered {
+        /// How many.
+        requests: usize,
+    },
     /// The server broke the protocol.
     #[error("the NBD server broke the protocol: {0}")]
     Protocol(#[from] ProtocolError),

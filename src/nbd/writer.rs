@@ -13,13 +13,17 @@
 //!
 //! An error ends it: which of the bytes in flight were written is unknown. So does a call that is dropped in its middle. The
 //! client comes back only when every request was answered.
+//!
+//! **Nothing takes a request back.** The protocol has no command for it, and a server whose client is gone does what it was
+//! sent nevertheless (QEMU: what it has begun, and what is in the socket's buffer). So who gives a writer up waits for the
+//! answers, [`Writer::abandon`]; without them only the end of the server's process is the end of its writes.
 
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
 use bytes::BytesMut;
 
-use super::client::Client;
+use super::client::{Client, REPLY_TIMEOUT, SLOW_REPLY_TIMEOUT};
 use super::error::NbdError;
 use super::proto::{self, command, export_flag};
 use super::transmission::{ProtocolError, Reply};
@@ -51,6 +55,8 @@ pub struct Writer {
     in_flight: Vec<InFlight>,
     /// A call failed, or did not come to its end.
     dead: bool,
+    /// The server broke the protocol: nothing more can be heard of it.
+    lost: bool,
 }
 
 /// A request without a reply.
@@ -71,7 +77,7 @@ enum What {
 
 impl Writer {
     pub(super) fn new(client: Client) -> Writer {
-        Writer { client, gathered: BytesMut::new(), from: 0, in_flight: Vec::new(), dead: false }
+        Writer { client, gathered: BytesMut::new(), from: 0, in_flight: Vec::new(), dead: false, lost: false }
     }
 
     /// Bytes of the export.
@@ -189,19 +195,28 @@ impl Writer {
             .min()
     }
 
-    /// Ends it, also after an error or a call that was dropped: what is gathered is forgotten, and what is in flight is
-    /// waited for, so that nothing reaches the export afterwards.
-    pub async fn abandon(mut self) {
+    /// Ends it, also after an error or a call that was dropped: what is gathered is forgotten, what is in flight is waited for,
+    /// and the connection is closed. Nothing of it reaches the export afterwards, but for [`NbdError::Unanswered`]. A server
+    /// that closed the connection owes nothing: it ended, or the export did, for which QEMU does what is in flight first.
+    pub async fn abandon(mut self) -> Result<(), NbdError> {
         poll_fn(|cx| {
             while !self.in_flight.is_empty() {
-                match ready!(self.poll_one(cx)) {
-                    Ok(()) | Err(NbdError::Server { .. }) => {}
-                    Err(_) => break,
+                let answered = if self.lost { None } else { Some(ready!(self.poll_one(cx))) };
+                match answered {
+                    Some(Ok(()) | Err(NbdError::Server { .. })) => {}
+                    Some(Err(NbdError::Closed | NbdError::Io(_))) => break,
+                    _ => return Poll::Ready(Err(NbdError::Unanswered { requests: self.in_flight.len() })),
                 }
             }
-            Poll::Ready(())
+            Poll::Ready(Ok(()))
         })
-        .await;
+        .await
+    }
+
+    /// Whether a flush covers what was written over other connections, too (`CAN_MULTI_CONN`).
+    #[must_use]
+    pub fn flushes_others(&self) -> bool {
+        self.client.agreed.flags & export_flag::CAN_MULTI_CONN != 0
     }
 
     /// Goes on with what is in flight, without waiting for it: for who waits for something else meanwhile. The task is
@@ -286,16 +301,29 @@ impl Writer {
     async fn submit(&mut self, request: InFlight, bytes: BytesMut) -> Result<(), NbdError> {
         self.client.outbox.put(bytes);
         self.in_flight.push(request);
+        self.be_patient();
         poll_fn(|cx| Poll::Ready(self.client.poll_send(cx))).await
+    }
+
+    fn be_patient(&mut self) {
+        let slow = self.in_flight.iter().any(|request| request.what != What::Write);
+        self.client.patience = if slow { SLOW_REPLY_TIMEOUT } else { REPLY_TIMEOUT };
     }
 
     /// Waits until one more request is done.
     fn poll_one(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), NbdError>> {
+        let done = ready!(self.poll_done(cx));
+        self.lost |= matches!(done, Err(NbdError::Protocol(_)));
+        Poll::Ready(done)
+    }
+
+    fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), NbdError>> {
         let Reply::Done { cookie, result } = ready!(self.client.poll_reply(cx))? else {
             return Poll::Ready(Err(ProtocolError::UnknownCookie.into()));
         };
         let place = self.in_flight.iter().position(|request| request.cookie == cookie);
         let done = self.in_flight.swap_remove(place.ok_or(ProtocolError::UnknownCookie)?);
+        self.be_patient();
         let what = match done.what {
             What::Write => "write",
             What::Zero => "write zeroes",

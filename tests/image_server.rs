@@ -12,7 +12,7 @@ use std::time::Duration;
 use image_server_rig::{Server, stock_download, until};
 use nbd_qemu_rig::{QemuNbd, path, qcow2_with_bitmap, raw, run};
 use tokio::io::AsyncReadExt;
-use virtmark::imageio::{Config, End, missing, tls};
+use virtmark::imageio::{Config, Drained, End, missing, tls};
 
 const SIZE: u64 = (64 << 20) + 512;
 
@@ -68,7 +68,7 @@ async fn a_canceled_ticket_cuts_its_streams_and_says_so_to_the_next_request() {
     assert_eq!((stats.active, stats.connections, stats.ever_used), (1, 2, true));
 
     server.tickets.end("t1", End::Canceled);
-    assert!(server.tickets.drained("t1", Duration::from_secs(5)).await);
+    assert_eq!(server.tickets.drained("t1", Duration::from_secs(5)).await, Drained::Over);
     let mut rest = Vec::new();
     let _ = busy.stream.read_to_end(&mut rest).await;
     assert!((rest.len() as u64) < SIZE);
@@ -273,7 +273,7 @@ async fn coverage_claims_nothing_that_the_kernel_did_not_take() {
         }
         assert!(claimed >= 512 << 10, "{claimed} claimed of 1 MiB that was read");
         server.tickets.end(transfer, End::Removed);
-        assert!(server.tickets.drained(transfer, Duration::from_secs(5)).await);
+        assert_eq!(server.tickets.drained(transfer, Duration::from_secs(5)).await, Drained::Over);
         let mut received = Vec::new();
         let _ = stream.read_to_end(&mut received).await;
         received.splice(0..0, taken);

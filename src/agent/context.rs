@@ -19,7 +19,7 @@ use super::transfer::StoredTicket;
 use super::upload::Uploads;
 use crate::api::DomainSighting;
 use crate::cluster::Events;
-use crate::imageio::{self, Coverage, End, SharedCoverage, Tickets};
+use crate::imageio::{self, Coverage, Drained, End, SharedCoverage, Tickets};
 use crate::libvirt::{LibvirtError, xml};
 use crate::nbd::{Export, NbdError};
 
@@ -55,6 +55,11 @@ pub enum AgentError {
     /// The operating system gave no random bytes.
     #[error("no random bytes for a ticket: {0}")]
     Random(#[source] std::io::Error),
+    /// A ticket ended, and what it permitted to write may be written still.
+    #[error(
+        "what was written with the ticket of a transfer is not all answered for: {0:?}; its end waits for the storage"
+    )]
+    Written(Drained),
     /// A blocking thread died.
     #[error("a host action did not come back")]
     Lost,
@@ -79,6 +84,7 @@ impl AgentError {
             Self::Export { .. } => "nbd",
             Self::NoCheckpoint(_) => "no_checkpoint",
             Self::Random(_) => "random",
+            Self::Written(_) => "written",
             Self::Lost => "lost",
         }
     }
@@ -227,7 +233,7 @@ impl Context {
         let stored = self.host.state.tickets::<StoredTicket>(uid).unwrap_or_default();
         for (transfer, _) in stored {
             self.tickets.end(&transfer, End::Removed);
-            if !self.tickets.drained(&transfer, DRAIN).await {
+            if self.tickets.drained(&transfer, DRAIN).await != Drained::Over {
                 tracing::warn!(backup = uid, transfer, "requests on an ended ticket go on");
             }
         }

@@ -30,4 +30,4 @@ pub use required::missing;
 pub use serve::{BindError, Config, ImageServer};
 pub use tail::unsure_from;
 pub use ticket::{Access, End, Ticket, TicketId};
-pub use tickets::{SharedCoverage, Stats, Tickets};
+pub use tickets::{Drained, SharedCoverage, Stats, Tickets};

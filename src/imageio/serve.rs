@@ -39,7 +39,7 @@ use super::tls::Tls;
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time that operations have to end after the shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
-/// Time that clients have after that to take what was given out to them.
+/// Time that clients have after that to take what was given out to them, and storages to answer for what they were given.
 const SETTLE: Duration = Duration::from_secs(10);
 /// Longest head of a request, in bytes.
 const MAX_HEAD: usize = 32 << 10;
@@ -192,6 +192,8 @@ impl ImageServer {
         }
         shared.tracker.close();
         shared.tracker.wait().await;
+        // who comes next may be asked for what is in flight here once more
+        shared.tickets.settled(SETTLE).await;
     }
 
     /// Serves one connection that somebody else accepted, to its end.

@@ -57,6 +57,14 @@ impl Refusal {
         let message = "Server failed to perform the request, check logs";
         Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
+
+    /// 500 where the storage owes an answer: what is written now may be overwritten.
+    #[must_use]
+    pub fn doubtful() -> Refusal {
+        let message = "The storage owes the answer to an earlier write, which may be written later than what follows it: begin again \
+                       with a new transfer";
+        Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
 }
 
 /// A `Range` of the only form that is served: `bytes=FIRST-` or `bytes=FIRST-LAST`.

@@ -1,15 +1,20 @@
 //! The operations that write: PUT streams a request's body into the NBD server, PATCH makes zeroes and flushes.
 //!
 //! ```text
-//! ticket (403) -> storage (500) -> range (416) -> the body, a frame at a time -> all is answered for --flush--> 200
+//! ticket (403) -> storage (500) -> range (416) -> its turn -> the body, a frame at a time -> all is answered for --flush--> 200
+//!                                                                         \--storage fails--> all is answered for -------> 500
 //! ```
 //!
 //! A body that ends early is written as far as it came, as imageio does. What an NBD connection took and did not flush may
-//! be lost with it, so that one that broke is told to the client, and never replaced in silence. An operation that is cut
-//! ends when nothing of it can reach the disk any more: whoever waits for the end of operations sees the last of its bytes. But
-//! for a storage that was silent for [`crate::nbd::client::REPLY_TIMEOUT`]: what it took may be written later still.
+//! be lost with it, so that one that broke is told to the client, and never replaced in silence.
 //!
-//! Of a body, one frame is held besides what the NBD writer holds. It never reads an image.
+//! **An operation ends, and is answered, when nothing of it can reach the disk any more**, also one that failed, or was cut: whoever
+//! waits for the end of operations sees the last of its bytes, and who asks again is written last. Where the storage owes an
+//! answer, after [`crate::nbd::client::REPLY_TIMEOUT`] or because it broke the protocol, that cannot be had: its connection is
+//! closed, the client is told, and nothing more is written with the ticket, which stays doubtful
+//! ([`super::tickets::Drained`]) until its owner has ended the NBD server.
+//!
+//! It never reads an image.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -19,15 +24,16 @@ use std::task::Poll;
 use hyper::StatusCode;
 use hyper::body::{Body as _, Incoming};
 use hyper::{Response, http::response};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::body::{Answer, chain};
 use super::connection::Connection;
 use super::route::Put;
 use super::service::{Failure, Service, built, open};
 use super::ticket::{Access, Ticket};
-use super::tickets::{Operation, Slot};
+use super::tickets::{Doubtful, Operation, Slot};
 use super::wire::{self, Patch, Refusal};
 use crate::nbd::writer::ZERO_REQUEST;
 use crate::nbd::{NbdError, Writer, ZeroMode};
@@ -66,6 +72,7 @@ impl Service {
             Ok(()) if writing.at - put.offset < put.length => Err(Broken::Body),
             written => written,
         };
+        writing.received();
         let done = writing.at - put.offset;
         let stored = match &written {
             Ok(()) => writing.finish(put.flush).await,
@@ -78,7 +85,7 @@ impl Service {
                 let message = format!("Requested {} bytes, available {done} bytes", put.length);
                 Err(Refusal::bad_request(message).into())
             }
-            Err(Broken::Storage(error)) => Err(failed(&writing.ticket, Kind::Write, &error)),
+            Err(Broken::Storage(error)) => Err(writing.failed(&error).await),
         }
     }
 
@@ -89,11 +96,14 @@ impl Service {
             Patch::Flush => (Kind::Flush, None, true),
         };
         let mut writing = self.begin_writing(kind, id, range).await?;
+        writing.received();
         let done = async {
             writing.zero(range.map_or(0, |(_, size)| size)).await?;
             writing.finish(flush).await
         };
-        done.await.map_err(|error| failed(&writing.ticket, kind, &error))?;
+        if let Err(error) = done.await {
+            return Err(writing.failed(&error).await);
+        }
         if kind == Kind::Flush {
             let Ticket { backup, transfer, disk, .. } = &*writing.ticket;
             info!(backup, transfer, disk, "FLUSH");
@@ -101,7 +111,8 @@ impl Service {
         Ok(done_well())
     }
 
-    /// Asks the ticket, then the storage, then whether there is such a range (offset and length) in both.
+    /// Asks the ticket, then the storage, then whether there is such a range (offset and length) in both; waits until
+    /// it is this one's turn.
     async fn begin_writing(
         &self,
         kind: Kind,
@@ -125,7 +136,8 @@ impl Service {
             return Err(refusal.into());
         }
         let writer = client.writer().map_err(|error| failed(&ticket, kind, &error))?;
-        let at = range.map_or(0, |(offset, _)| offset);
+        let (at, length) = range.unwrap_or((0, 0));
+        operation.turn(at, length).await.map_err(|Doubtful| Refusal::doubtful())?;
         let mode = if sparse { ZeroMode::Punch } else { ZeroMode::Allocate };
         let work = Some((writer, operation));
         let connection = Arc::clone(&self.connection);
@@ -182,6 +194,13 @@ impl Writing {
         Ok(())
     }
 
+    /// All that is waited for from here on is the storage.
+    fn received(&self) {
+        if let Some((_, operation)) = &self.work {
+            operation.received();
+        }
+    }
+
     /// Waits until the storage has answered for all, and ends the operation when its answer is in the kernel.
     async fn finish(&mut self, flush: bool) -> Result<(), NbdError> {
         if let Some((writer, _)) = &mut self.work {
@@ -193,6 +212,29 @@ impl Writing {
             self.connection.finished(operation);
         }
         Ok(())
+    }
+
+    /// What the client is told when nothing of the operation can reach the disk any more, or when that cannot be known.
+    async fn failed(&mut self, error: &NbdError) -> Failure {
+        let failure = failed(&self.ticket, self.kind, error);
+        let Some(ended) = self.give_up() else { return failure };
+        if ended.await.unwrap_or(false) { failure } else { Refusal::doubtful().into() }
+    }
+
+    /// Ends the operation when nothing of it can reach the disk any more, whether somebody waits for that or not; whether it
+    /// is so at the end. Without a runtime the process is on its way out.
+    fn give_up(&mut self) -> Option<JoinHandle<bool>> {
+        let runtime = tokio::runtime::Handle::try_current();
+        let (writer, operation) = self.work.take()?;
+        operation.received();
+        let ended = runtime.ok()?.spawn(async move {
+            let Err(unanswered) = writer.abandon().await else { return true };
+            let Ticket { backup, transfer, disk, .. } = &*operation.ticket;
+            error!(backup, transfer, disk, error = %chain(&unanswered), "nothing more is written with this ticket");
+            operation.doubt();
+            false
+        });
+        Some(ended)
     }
 
     /// Bytes count as transferred when the storage has answered for them.
@@ -216,13 +258,8 @@ impl Drop for Writing {
         };
         count.add(self.at - self.start, self.begun.elapsed());
         drop(journal);
-        let Some((writer, operation)) = self.work.take() else { return };
-        // without a runtime the process is on its way out
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        runtime.spawn(async move {
-            writer.abandon().await;
-            drop(operation);
-        });
+        // nobody waits for it
+        let _ = self.give_up();
     }
 }
 

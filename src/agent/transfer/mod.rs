@@ -189,7 +189,10 @@ async fn end(
     // a ticket that is gone tells no more when it was used
     context.last_request(live, clock::now());
     context.tickets.end(uid, if finalized { End::Removed } else { End::Canceled });
-    context.tickets.drained(uid, DRAIN).await;
+    let drained = context.tickets.drained(uid, DRAIN).await;
+    if !drained.is_settled() {
+        return Err(AgentError::Written(drained));
+    }
     live.unseen(uid, false);
     let disk = transfer.spec.disk();
     if finalized && record.life.is_serving() && record.disks.iter().any(|planned| planned.target == disk) {

@@ -11,7 +11,8 @@
 //! Ending a ticket cuts the connections that run an operation on it (a cut stream is seen by the client as
 //! cut: it is never shortened silently), and closes the NBD connections that idle HTTP connections keep for
 //! it. The HTTP connections stay and hear of the end at their next request. [`Tickets::drained`] waits for
-//! the operations, never for connections.
+//! the operations, never for connections; one that writes ends when the storage has answered for all that it was given. Where the
+//! storage did not, the ticket stays doubtful, whatever comes: see [`Drained`].
 //!
 //! One lock, held for a few map operations and never across an await. Ids are compared in constant time,
 //! with every ticket, whether one matched or not.
@@ -26,74 +27,18 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use super::coverage::Coverage;
+pub(super) use self::operation::{Doubtful, Operation};
+pub use self::shared::SharedCoverage;
+pub(super) use self::slot::Slot;
 use super::progress::Progress;
 use super::ticket::{Denied, End, Ticket, TicketId};
-use crate::nbd::Client;
+
+mod operation;
+mod shared;
+mod slot;
 
 /// Most canceled transfers that are remembered.
 const REMEMBERED: usize = 4096;
-
-/// The coverage of a disk, shared by its transfers, the server and whoever keeps it.
-#[derive(Debug)]
-pub struct SharedCoverage(Mutex<Coverage>);
-
-impl SharedCoverage {
-    /// Shares `coverage`.
-    #[must_use]
-    pub fn new(coverage: Coverage) -> Arc<SharedCoverage> {
-        Arc::new(SharedCoverage(Mutex::new(coverage)))
-    }
-
-    /// See [`Coverage::mark`].
-    pub fn mark(&self, start: u64, end: u64) {
-        self.lock().mark(start, end);
-    }
-
-    /// See [`Coverage::excuse`].
-    pub fn excuse(&self, start: u64, end: u64) {
-        self.lock().excuse(start, end);
-    }
-
-    /// See [`Coverage::mark_all`].
-    pub fn mark_all(&self) {
-        self.lock().mark_all();
-    }
-
-    /// See [`Coverage::missing_in`].
-    #[must_use]
-    pub fn missing_in(&self, start: u64, end: u64) -> u64 {
-        self.lock().missing_in(start, end)
-    }
-
-    /// See [`Coverage::transferred`].
-    #[must_use]
-    pub fn transferred(&self) -> u64 {
-        self.lock().transferred()
-    }
-
-    /// See [`Coverage::settled`].
-    #[must_use]
-    pub fn settled(&self) -> u64 {
-        self.lock().settled()
-    }
-
-    /// See [`Coverage::encode`].
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        self.lock().encode()
-    }
-
-    /// A copy of it as it is now.
-    #[must_use]
-    pub fn snapshot(&self) -> Coverage {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Coverage> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// What is known of a transfer's ticket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,6 +53,28 @@ pub struct Stats {
     pub idle: Duration,
     /// An operation was permitted at least once.
     pub ever_used: bool,
+}
+
+/// What [`Tickets::drained`] waited for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "what goes on may write to the disk"]
+pub enum Drained {
+    /// No operation runs.
+    Over,
+    /// Some do, that only read.
+    Reading,
+    /// Some do, that write.
+    Writing,
+    /// None does, but the storage owes an answer: it may write to the disk until its NBD server has ended.
+    Doubtful,
+}
+
+impl Drained {
+    /// Whether nothing that the ticket permitted can be written any more, so that the disk may be given to others.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        matches!(self, Drained::Over | Drained::Reading)
+    }
 }
 
 /// The tickets; clones are handles of the same.
@@ -125,12 +92,38 @@ struct Entry {
     ticket: Arc<Ticket>,
     coverage: Arc<SharedCoverage>,
     end: Option<(End, Instant)>,
-    /// The connections that run an operation, by the operation's number.
-    active: BTreeMap<u64, (CancellationToken, Progress)>,
+    /// By the operation's number.
+    active: BTreeMap<u64, Active>,
     next: u64,
     slots: Vec<Weak<Slot>>,
     rested: Instant,
     ever_used: bool,
+    /// The storage owes an answer to what was written with it.
+    doubtful: bool,
+}
+
+/// An operation, and the connection that runs it.
+#[derive(Debug)]
+struct Active {
+    cut: CancellationToken,
+    progress: Progress,
+    writes: Option<Writes>,
+}
+
+/// What an operation writes, also while it waits for its turn.
+#[derive(Clone, Copy, Debug)]
+struct Writes {
+    start: u64,
+    end: u64,
+    /// It waits for its client.
+    receiving: bool,
+}
+
+impl Entry {
+    /// What is to be known of it when its ticket ended.
+    fn is_forgotten(&self) -> bool {
+        self.active.is_empty() && !self.doubtful && matches!(self.end, Some((End::Removed, _)))
+    }
 }
 
 impl Tickets {
@@ -162,6 +155,7 @@ impl Tickets {
             slots: Vec::new(),
             rested: Instant::now(),
             ever_used: false,
+            doubtful: false,
         };
         entries.insert(ticket.transfer.clone(), entry);
     }
@@ -182,15 +176,16 @@ impl Tickets {
             );
         }
         entry.end = Some((end, Instant::now()));
-        for (connection, _) in entry.active.values() {
-            connection.cancel();
+        for active in entry.active.values() {
+            active.cut.cancel();
         }
         let slots = std::mem::take(&mut entry.slots);
-        if end == End::Removed && entry.active.is_empty() {
+        if entry.is_forgotten() {
             entries.remove(transfer);
         }
-        let forgettable =
-            |entry: &Entry| matches!(entry.end, Some((End::Canceled, _))) && entry.active.is_empty();
+        let forgettable = |entry: &Entry| {
+            matches!(entry.end, Some((End::Canceled | End::Removed, _))) && entry.active.is_empty()
+        };
         let canceled: Vec<_> = entries.iter().filter(|(_, entry)| forgettable(entry)).collect();
         if canceled.len() > REMEMBERED {
             let oldest = canceled.into_iter().min_by_key(|(_, entry)| entry.end.map(|(_, at)| at));
@@ -205,20 +200,37 @@ impl Tickets {
         self.0.ended.notify_waiters();
     }
 
-    /// Waits until no operation runs on the transfer's ticket, at most so long; whether it is so.
-    pub async fn drained(&self, transfer: &str, within: Duration) -> bool {
-        let drained = async {
+    /// Waits until no operation runs on the transfer's ticket, at most so long; how it stands then.
+    pub async fn drained(&self, transfer: &str, within: Duration) -> Drained {
+        self.wait(within, |entries| entries.get(transfer).is_none_or(|entry| entry.active.is_empty())).await;
+        match self.lock().get(transfer) {
+            Some(entry) if entry.active.values().any(|active| active.writes.is_some()) => Drained::Writing,
+            Some(entry) if entry.doubtful => Drained::Doubtful,
+            Some(entry) if !entry.active.is_empty() => Drained::Reading,
+            _ => Drained::Over,
+        }
+    }
+
+    /// Waits until nothing is written with any ticket, at most so long.
+    pub(super) async fn settled(&self, within: Duration) {
+        let writes = |entry: &Entry| entry.active.values().any(|active| active.writes.is_some());
+        self.wait(within, |entries| !entries.values().any(writes)).await;
+    }
+
+    async fn wait(&self, within: Duration, done: impl Fn(&BTreeMap<String, Entry>) -> bool) {
+        let waited = async {
             loop {
                 let ended = self.0.ended.notified();
                 tokio::pin!(ended);
                 ended.as_mut().enable();
-                if self.lock().get(transfer).is_none_or(|entry| entry.active.is_empty()) {
+                if done(&self.lock()) {
                     return;
                 }
                 ended.await;
             }
         };
-        tokio::time::timeout(within, drained).await.is_ok()
+        // in time or not: the caller looks
+        let _ = tokio::time::timeout(within, waited).await;
     }
 
     /// Whether an operation runs on the transfer's ticket whose connection moved within that time: a client that is gone
@@ -227,7 +239,7 @@ impl Tickets {
     pub fn moves(&self, transfer: &str, within: Duration) -> bool {
         let entries = self.lock();
         let active = entries.get(transfer).into_iter().flat_map(|entry| entry.active.values());
-        active.into_iter().any(|(_, progress)| progress.last().elapsed() < within)
+        active.into_iter().any(|active| active.progress.last().elapsed() < within)
     }
 
     /// What is known of a transfer's ticket; `None` when there is none.
@@ -285,7 +297,8 @@ impl Tickets {
         }
         let number = entry.next;
         entry.next += 1;
-        entry.active.insert(number, (cut.clone(), progress.clone()));
+        let active = Active { cut: cut.clone(), progress: progress.clone(), writes: None };
+        entry.active.insert(number, active);
         entry.ever_used = true;
         Ok(Operation {
             ticket: Arc::clone(&entry.ticket),
@@ -314,7 +327,7 @@ impl Tickets {
         let Some(entry) = entries.get_mut(transfer) else { return };
         entry.active.remove(&number);
         entry.rested = Instant::now();
-        if entry.active.is_empty() && matches!(entry.end, Some((End::Removed, _))) {
+        if entry.is_forgotten() {
             entries.remove(transfer);
         }
         drop(entries);
@@ -326,154 +339,5 @@ impl Tickets {
     }
 }
 
-/// An operation that runs on a ticket; ends when dropped.
-#[derive(Debug)]
-pub(super) struct Operation {
-    pub(super) ticket: Arc<Ticket>,
-    pub(super) coverage: Arc<SharedCoverage>,
-    number: u64,
-    tickets: Tickets,
-}
-
-impl Drop for Operation {
-    fn drop(&mut self) {
-        self.tickets.finish(&self.ticket.transfer, self.number);
-    }
-}
-
-/// Where an HTTP connection keeps its NBD connection between requests.
-#[derive(Debug, Default)]
-pub(super) struct Slot(Mutex<Kept>);
-
-#[derive(Debug, Default)]
-struct Kept {
-    client: Option<Client>,
-    closed: bool,
-}
-
-impl Slot {
-    /// Takes the connection, if one is kept.
-    pub(super) fn take(&self) -> Option<Client> {
-        self.lock().client.take()
-    }
-
-    /// Keeps a connection for the next request, unless the ticket ended.
-    pub(super) fn keep(&self, client: Client) {
-        let mut kept = self.lock();
-        if !kept.closed {
-            kept.client = Some(client);
-        }
-    }
-
-    /// The ticket ended.
-    pub(super) fn closed(&self) -> bool {
-        self.lock().closed
-    }
-
-    fn close(&self) {
-        let mut kept = self.lock();
-        kept.closed = true;
-        kept.client = None;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::imageio::Access;
-    use crate::nbd::Export;
-
-    fn ticket(transfer: &str) -> Ticket {
-        Ticket {
-            id: TicketId::random().unwrap(),
-            transfer: transfer.to_owned(),
-            backup: "b".to_owned(),
-            disk: "vda".to_owned(),
-            access: Access::Read,
-            size: 100,
-            export: Export { socket: "/none".into(), name: String::new(), bitmap: None, changed_from: None },
-            dirty: false,
-            filename: None,
-        }
-    }
-
-    fn added(tickets: &Tickets, transfer: &str) -> String {
-        let ticket = ticket(transfer);
-        let id = ticket.id.expose();
-        tickets.add(ticket, SharedCoverage::new(Coverage::new(100)));
-        id
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_ticket_lives_is_canceled_and_removed() {
-        let tickets = Tickets::default();
-        let (cut, progress) = (CancellationToken::new(), Progress::new());
-        let id = added(&tickets, "t1");
-        let other = added(&tickets, "t2");
-        assert_eq!(tickets.begin("nonsense", &cut, &progress).unwrap_err(), Denied::NoSuchTicket);
-        assert!(!tickets.stats("t1").unwrap().ever_used);
-
-        let operation = tickets.begin(&id, &cut, &progress).unwrap();
-        assert_eq!(operation.ticket.transfer, "t1");
-        tokio::time::advance(Duration::from_secs(5)).await;
-        let stats = tickets.stats("t1").unwrap();
-        assert_eq!((stats.active, stats.idle, stats.ever_used), (1, Duration::ZERO, true));
-        let within = Duration::from_secs(5);
-        assert!(!tickets.moves("t1", within), "nothing moved for 5 s");
-        progress.moved();
-        assert!(tickets.moves("t1", within));
-        drop(operation);
-        assert!(!tickets.moves("t1", within), "it ended");
-        tokio::time::advance(Duration::from_secs(5)).await;
-        assert_eq!(tickets.stats("t1").unwrap().idle, Duration::from_secs(5));
-
-        let operation = tickets.begin(&id, &cut, &progress).unwrap();
-        tickets.end("t1", End::Canceled);
-        assert!(cut.is_cancelled());
-        assert!(!tickets.drained("t1", Duration::from_secs(1)).await);
-        drop(operation);
-        assert!(tickets.drained("t1", Duration::from_secs(1)).await);
-        let canceled = Denied::Canceled { transfer: "t1".to_owned() };
-        assert_eq!(tickets.begin(&id, &cut, &progress).unwrap_err(), canceled);
-
-        tickets.end("t1", End::Removed);
-        tickets.end("t1", End::Removed);
-        assert_eq!(tickets.begin(&id, &cut, &progress).unwrap_err(), Denied::NoSuchTicket);
-        assert_eq!(tickets.stats("t1"), None);
-        assert!(tickets.begin(&other, &cut, &progress).is_ok());
-    }
-
-    #[tokio::test]
-    async fn removal_waits_for_what_runs_and_adding_again_revives() {
-        let tickets = Tickets::default();
-        let (cut, progress) = (CancellationToken::new(), Progress::new());
-        let id = added(&tickets, "t1");
-        let operation = tickets.begin(&id, &cut, &progress).unwrap();
-        tickets.end("t1", End::Removed);
-        assert_eq!(tickets.begin(&id, &cut, &progress).unwrap_err(), Denied::NoSuchTicket);
-        let waiting = tickets.clone();
-        let drained = tokio::spawn(async move { waiting.drained("t1", Duration::from_secs(5)).await });
-        tokio::task::yield_now().await;
-        drop(operation);
-        assert!(drained.await.unwrap());
-        assert_eq!(tickets.stats("t1"), None);
-        let id = added(&tickets, "t1");
-        assert!(tickets.begin(&id, &CancellationToken::new(), &progress).is_ok());
-    }
-
-    #[tokio::test]
-    async fn canceled_transfers_are_remembered_up_to_a_bound() {
-        let tickets = Tickets::default();
-        for n in 0..=REMEMBERED {
-            let transfer = n.to_string();
-            added(&tickets, &transfer);
-            tickets.end(&transfer, End::Canceled);
-        }
-        assert_eq!(tickets.lock().len(), REMEMBERED);
-        assert_eq!(tickets.stats("0"), None);
-    }
-}
+mod tests;

@@ -14,6 +14,9 @@
 //! closed, the client is told, and nothing more is written with the ticket, which stays doubtful
 //! ([`super::tickets::Drained`]) until its owner has ended the NBD server.
 //!
+//! **A flush covers what was answered before it**, over whichever connection: where the export does not say that it is so with
+//! several (`CAN_MULTI_CONN`; QEMU does), each write is flushed before its answer.
+//!
 //! It never reads an image.
 
 use std::future::poll_fn;
@@ -237,13 +240,14 @@ impl Writing {
         Some(ended)
     }
 
-    /// Bytes count as transferred when the storage has answered for them.
+    /// Bytes count as transferred when the storage has answered for them; that is what moves, where no client does.
     fn mark(&mut self) {
         let Some((writer, operation)) = &self.work else { return };
         let answered = writer.unanswered_from().unwrap_or(self.at);
         if answered > self.marked {
             operation.coverage.mark(self.marked, answered);
             self.marked = answered;
+            self.connection.progress.moved();
         }
     }
 }

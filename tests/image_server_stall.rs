@@ -12,8 +12,8 @@ use std::time::Duration;
 use image_server_rig::{Raw, Server, until};
 use nbd_fake_rig::{Fake, Fate, WRITABLE};
 use tokio::io::AsyncWriteExt as _;
-use virtmark::imageio::Access;
-use virtmark::nbd::proto::{Request, command};
+use virtmark::imageio::{Access, Config};
+use virtmark::nbd::proto::{Request, command, export_flag};
 
 const REQUEST: usize = 128 << 10;
 const SIZE: u64 = 4 << 20;
@@ -104,6 +104,43 @@ async fn who_asks_again_does_not_wait_for_a_client_that_is_gone_without_a_word()
     assert_eq!(put(&server, &id, 2 * REQUEST, 2).await.0, 200);
     assert!(silent.closed().await, "its place was taken");
     assert!(fake.bytes(2 * REQUEST).iter().all(|byte| *byte == 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_zero_moves() {
+    let directory = tempfile::tempdir().unwrap();
+    let size = 10 << 27;
+    let fake = Fake::start(directory.path(), size, WRITABLE, Duration::from_millis(300), all_done);
+    let limits = Config { idle: Duration::from_secs(1), ..Config::default() };
+    let server = Server::with(directory.path(), limits).await;
+    let (id, coverage) = server.permit("t1", &fake.export, size, WRITES);
+    let zero = format!("{{\"op\": \"zero\", \"size\": {size}}}");
+    let length = zero.len();
+    let mut raw = server.connect().await;
+    raw.send(&format!("PATCH /images/{id} HTTP/1.1\r\ncontent-length: {length}\r\n\r\n{zero}")).await;
+    let answer = raw.response().await.expect("a zero that goes on is not cut");
+    assert_eq!((answer.status, coverage.transferred()), (200, size));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flush_covers_what_was_written_over_other_connections() {
+    for (shared, flushes) in [(false, 3), (true, 1)] {
+        let directory = tempfile::tempdir().unwrap();
+        let flags = WRITABLE | if shared { export_flag::CAN_MULTI_CONN } else { 0 };
+        let fake = Fake::start(directory.path(), SIZE, flags, Duration::ZERO, all_done);
+        let server = Server::start(directory.path()).await;
+        let (id, _) = server.permit("t1", &fake.export, SIZE, WRITES);
+        let mut others = [server.connect().await, server.connect().await];
+        for other in &mut others {
+            begin_put(other, &id, 10, 1, 10).await;
+            assert_eq!(other.response().await.unwrap().status, 200);
+        }
+        let flush = format!("PATCH /images/{id} HTTP/1.1\r\ncontent-length: 15\r\n\r\n{{\"op\": \"flush\"}}");
+        assert_eq!(server.ask(&flush).await.status, 200);
+        assert_eq!(fake.unstable(), 0, "shared: {shared}");
+        let seen = fake.seen();
+        assert_eq!(seen.iter().filter(|(_, seen)| *seen == command::FLUSH).count(), flushes);
+    }
 }
 
 /// As when it was silent for too long, which takes a minute: it is there, and what it was given may be done still.

@@ -207,7 +207,7 @@ impl Writing {
     /// Waits until the storage has answered for all, and ends the operation when its answer is in the kernel.
     async fn finish(&mut self, flush: bool) -> Result<(), NbdError> {
         if let Some((writer, _)) = &mut self.work {
-            if flush { writer.flush().await? } else { writer.drain().await? }
+            if flush || !writer.flushes_others() { writer.flush().await? } else { writer.drain().await? }
         }
         self.mark();
         if let Some((writer, operation)) = self.work.take() {

@@ -11,11 +11,12 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio_util::sync::CancellationToken;
 
 use super::exit::Failure;
-use super::folder::{self, State};
+use super::folder;
 use super::manifest::Manifest;
 use super::moves::{self, Left, Move};
 use super::names::{self, Aside};
 use super::reshape;
+use super::state::State;
 use super::store::Store;
 
 /// A folder that one process changes.

@@ -105,8 +105,8 @@ fn row(transfer: &ImageTransfer) -> Vec<String> {
     let ready = conditions::get(&status.conditions, conditions::READY);
     vec![
         transfer.name_any(),
-        spec.backup.clone(),
-        spec.disk.clone(),
+        spec.backup().to_owned(),
+        spec.disk().to_owned(),
         status.phase.as_str().to_owned(),
         ready.map(|ready| ready.reason.clone()).unwrap_or_default(),
         status.progress.unwrap_or_default(),

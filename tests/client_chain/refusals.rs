@@ -5,10 +5,10 @@ use std::io::{Seek as _, SeekFrom, Write as _};
 
 use tokio_util::sync::CancellationToken;
 use virtmark::client::exit::{Code, Failure};
-use virtmark::client::folder::{Kind, State};
-use virtmark::client::manifest::{DiskFormat, Parent};
+use virtmark::client::manifest::{Checkpoint, DiskFormat, Parent};
 use virtmark::client::rewrite;
 use virtmark::client::screen::Screen;
+use virtmark::client::state::{Kind, State};
 
 use crate::rig::Folder;
 
@@ -47,7 +47,8 @@ async fn what_is_needed_or_unknown_is_not_removed() {
     let state = |parent: &str| {
         let mut state = State::new("p3", "db01", "vms", Kind::Auto, DiskFormat::Qcow2);
         let parent = Parent { name: parent.to_owned(), uid: format!("uid-{parent}") };
-        state.parent = Some((parent, "cp".to_owned()));
+        let checkpoint = Checkpoint { name: "cp".to_owned(), bitmap: "b".to_owned() };
+        state.parent = Some((parent, checkpoint));
         let state = serde_json::to_string(&state).unwrap();
         fs::write(partial.join("state.json"), state).unwrap();
     };

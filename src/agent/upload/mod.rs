@@ -331,7 +331,7 @@ async fn close(uid: &str, serving: Option<Serving>, context: &Context) -> Result
     let Some(Serving { server, .. }) = serving else {
         return Err(interrupted("its server is gone".to_owned()));
     };
-    if !drained {
+    if !drained.is_settled() {
         // it ends with its last connection
         drop(server);
         return Err(interrupted(format!("the volume's storage did not answer for {} s", DRAIN.as_secs())));
@@ -364,7 +364,7 @@ async fn publish(upload: &Upload, context: &Context) -> Result<Result<(), Becaus
 async fn discard(upload: &Upload, serving: Option<Serving>, context: &Context) -> Result<(), AgentError> {
     let uid = &upload.uid;
     context.tickets.end(uid, End::Canceled);
-    if !context.tickets.drained(uid, DRAIN).await {
+    if !context.tickets.drained(uid, DRAIN).await.is_settled() {
         tracing::warn!(transfer = uid, "requests on an ended ticket go on");
     }
     if let Some(Serving { server, .. }) = serving

@@ -126,6 +126,9 @@ fn locate(wanted: &Wanted) -> Result<(PathBuf, String), Failure> {
             let words = format!("{} is a restore point itself: give no --point", wanted.dir.display());
             return Err(Failure::Usage(words));
         }
+        (_, None) if !dir.exists() => {
+            return Err(Failure::NotFound(format!("{} is not there", wanted.dir.display())));
+        }
         (_, None) => {
             let words = format!(
                 "name the restore point with --point, or give its own folder: virtmark chain list {}",

@@ -46,7 +46,7 @@ async fn put(server: &Server, id: &str, length: usize, fill: u8) -> (u16, String
 async fn an_error_is_answered_when_nothing_of_its_request_is_in_flight() {
     let directory = tempfile::tempdir().unwrap();
     let fake = Fake::start(directory.path(), SIZE, WRITABLE, Duration::ZERO, |_, request| {
-        match request.offset as usize / REQUEST {
+        match request.offset / REQUEST as u64 {
             0 => Fate::Held,
             1 => Fate::Full,
             _ => Fate::Done,
@@ -160,4 +160,64 @@ async fn a_storage_that_owes_an_answer_is_written_to_no_more() {
     assert_eq!(fake.seen().len(), 2, "the second was not written");
     fake.judge(all_done);
     assert_eq!(put(&server, &id, 2 * REQUEST, 1).await.0, 500, "nobody knows whether it is over");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storage_that_stalls_has_only_so_much_waiting_for_it() {
+    const LENGTH: usize = 16 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::start(directory.path(), 10 << 24, WRITABLE, Duration::ZERO, |_, _| Fate::Held);
+    let limits = Config { max_writing: 2, ..Config::default() };
+    let server = Server::with(directory.path(), limits).await;
+    let (id, coverage) = server.permit("t1", &fake.export, 10 << 24, WRITES);
+    let mut clients = Vec::new();
+    for number in 0..10 {
+        let mut client = server.connect().await;
+        let range = format!("content-length: {LENGTH}\r\ncontent-range: bytes {}-*/*", number * LENGTH);
+        client.send(&format!("PUT /images/{id}?flush=n HTTP/1.1\r\n{range}\r\n\r\n")).await;
+        let (body, mut taken) = (vec![1; 1 << 20], 0);
+        while let Ok(sent) = tokio::time::timeout(MOMENT, client.stream.write(&body)).await {
+            taken += sent.unwrap();
+        }
+        clients.push((client, taken));
+    }
+    let asked = fake.seen();
+    let asking = |number: &usize| asked.iter().any(|(other, _)| other == number);
+    assert_eq!((0..10).filter(asking).count(), 2, "others wait for their place");
+    let taken: Vec<_> = clients.iter().map(|(_, taken)| *taken >> 10).collect();
+    // of each the sockets' buffers, what hyper has and a frame; of the two the window besides
+    assert!(
+        taken[..2].iter().all(|kib| *kib < 2048) && taken[2..].iter().all(|kib| *kib < 1024),
+        "{taken:?} KiB"
+    );
+
+    fake.judge(all_done);
+    let ended = clients.into_iter().map(|(mut client, taken)| {
+        tokio::spawn(async move {
+            client.stream.write_all(&vec![1; LENGTH - taken]).await.unwrap();
+            client.response().await.unwrap().status
+        })
+    });
+    for ended in ended.collect::<Vec<_>>() {
+        assert_eq!(ended.await.unwrap(), 200);
+    }
+    assert_eq!(coverage.transferred(), 10 << 24);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_stalls_holds_up_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::start(directory.path(), SIZE, WRITABLE, Duration::ZERO, all_done);
+    let limits = Config { max_writing: 1, ..Config::default() };
+    let server = Server::with(directory.path(), limits).await;
+    let (id, _) = server.permit("t1", &fake.export, SIZE, WRITES);
+    let mut slow = server.connect().await;
+    begin_put(&mut slow, &id, 2 * REQUEST, 1, REQUEST + 1).await;
+    until("the storage to have answered", || fake.done() == 1).await;
+    let range = format!("content-length: 1\r\ncontent-range: bytes {}-*/*", 2 * REQUEST);
+    let other = server.ask(&format!("PUT /images/{id} HTTP/1.1\r\n{range}\r\n\r\nx")).await;
+    assert_eq!(other.status, 200);
+    slow.stream.write_all(&vec![1; REQUEST - 1]).await.unwrap();
+    assert_eq!(slow.response().await.unwrap().status, 200);
+    assert!(fake.bytes(2 * REQUEST).iter().all(|byte| *byte == 1));
 }

@@ -143,7 +143,9 @@ async fn a_storage_that_dies_is_told_before_the_body_is_sent_to_its_end() {
     let server = Server::start(directory.path()).await;
     let (id, _) = server.permit("t1", &nbd.export(None), SIZE, WRITES);
     let mut raw = server.connect().await;
-    raw.send(&format!("PUT /images/{id} HTTP/1.1\r\ncontent-length: {SIZE}\r\n\r\n")).await;
+    // what overlaps would wait for it
+    let length = SIZE - 512;
+    raw.send(&format!("PUT /images/{id} HTTP/1.1\r\ncontent-length: {length}\r\n\r\n")).await;
     raw.stream.write_all(&vec![7; 4 << 20]).await.unwrap();
     let mut kept = server.connect().await;
     assert_eq!(put(&mut kept, &id, SIZE - 3, "abc").await, 200);

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf, Take};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,9 @@ const SLOTS: usize = 4;
 /// Bytes of bodies that hyper is given before it must have written them: four frames. Measured over TLS and
 /// the unix socket, see the commit.
 const UNTAKEN: u64 = 512 << 10;
+/// Most bytes that hyper is given of its client at a time. It makes its buffer twice as large when one was filled, up to a MiB,
+/// and a connection keeps it: so it stays below twice this.
+const READ: u64 = 64 << 10;
 /// How long the rest of a refused body is read, so that the client can read the answer.
 const LINGER: Duration = Duration::from_secs(2);
 /// How much of it.
@@ -217,7 +220,7 @@ impl Connection {
 /// A connection's socket, as hyper sees it.
 #[derive(Debug)]
 pub(super) struct Socket<T> {
-    inner: T,
+    inner: Take<T>,
     connection: Arc<Connection>,
     closing: Option<Linger>,
 }
@@ -228,9 +231,9 @@ struct Linger {
     bytes: usize,
 }
 
-impl<T> Socket<T> {
+impl<T: AsyncRead> Socket<T> {
     pub(super) fn new(inner: T, connection: Arc<Connection>) -> Socket<T> {
-        Socket { inner, connection, closing: None }
+        Socket { inner: inner.take(READ), connection, closing: None }
     }
 
     fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -248,6 +251,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Socket<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
+        self.inner.set_limit(READ);
         ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
         if buf.filled().len() > before {
             self.connection.progress.moved();
@@ -258,7 +262,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Socket<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.inner).poll_write(cx, buf);
+        let written = Pin::new(self.inner.get_mut()).poll_write(cx, buf);
         self.wrote(written)
     }
 
@@ -267,16 +271,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<T> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        let written = Pin::new(self.inner.get_mut()).poll_write_vectored(cx, bufs);
         self.wrote(written)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
+        self.inner.get_ref().is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
+        ready!(Pin::new(self.inner.get_mut()).poll_flush(cx))?;
         self.connection.flushed();
         Poll::Ready(Ok(()))
     }
@@ -286,7 +290,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<T> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.closing.is_none() {
-            ready!(Pin::new(&mut this.inner).poll_shutdown(cx))?;
+            ready!(Pin::new(this.inner.get_mut()).poll_shutdown(cx))?;
             if !this.connection.unread.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
@@ -297,6 +301,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<T> {
         let mut scratch = [0; 16 << 10];
         while linger.bytes < LINGER_BYTES && linger.timer.as_mut().poll(cx).is_pending() {
             let mut buf = ReadBuf::new(&mut scratch);
+            this.inner.set_limit(READ);
             match ready!(Pin::new(&mut this.inner).poll_read(cx, &mut buf)) {
                 Ok(()) if !buf.filled().is_empty() => linger.bytes += buf.filled().len(),
                 _ => break,

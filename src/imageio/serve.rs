@@ -67,6 +67,8 @@ pub struct Config {
     pub idle: Duration,
     /// Connections at a time; more wait to be accepted.
     pub max_connections: usize,
+    /// Bodies that are being written to storages at a time; more wait, and hold what came of them.
+    pub max_writing: usize,
     /// Counts what is done.
     pub meter: Arc<Meter>,
 }
@@ -81,6 +83,7 @@ impl Default for Config {
             idle_before_ticket: Duration::from_secs(60),
             idle: Duration::from_secs(1800),
             max_connections: 512,
+            max_writing: 64,
             meter: Arc::default(),
         }
     }
@@ -231,6 +234,7 @@ struct Shared {
     unix_socket: Option<Arc<str>>,
     config: Config,
     limit: Arc<Semaphore>,
+    places: Arc<Semaphore>,
     connections: AtomicU64,
     tracker: TaskTracker,
     shutdown: CancellationToken,
@@ -242,6 +246,7 @@ impl Shared {
             tickets,
             unix_socket: config.unix_socket.as_deref().and_then(Path::to_str).map(Arc::from),
             limit: Arc::new(Semaphore::new(config.max_connections)),
+            places: Arc::new(Semaphore::new(config.max_writing)),
             config,
             connections: AtomicU64::new(0),
             tracker: TaskTracker::new(),
@@ -307,6 +312,7 @@ impl Shared {
         let service = Arc::new(Service {
             tickets: self.tickets.clone(),
             unix_socket: self.unix_socket.clone(),
+            places: Arc::clone(&self.places),
             connection: Arc::clone(&connection),
         });
         let socket = TokioIo::new(Socket::new(stream, Arc::clone(&connection)));

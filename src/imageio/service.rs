@@ -13,6 +13,7 @@ use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -36,6 +37,8 @@ const SERVER: &str = concat!("virtmark/", env!("CARGO_PKG_VERSION"));
 pub(super) struct Service {
     pub(super) tickets: Tickets,
     pub(super) unix_socket: Option<Arc<str>>,
+    /// Of all connections.
+    pub(super) places: Arc<Semaphore>,
     pub(super) connection: Arc<Connection>,
 }
 

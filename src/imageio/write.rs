@@ -17,6 +17,10 @@
 //! **A flush covers what was answered before it**, over whichever connection: where the export does not say that it is so with
 //! several (`CAN_MULTI_CONN`; QEMU does), each write is flushed before its answer.
 //!
+//! **Memory.** A writer's buffers (1.1 MiB) are had only with a place, of which there are [`super::Config::max_writing`]. A body that
+//! waits for one holds the frame that came; a client that stands still gives its place back when the storage has answered, and
+//! holds what is gathered (128 KiB at most).
+//!
 //! It never reads an image.
 
 use std::future::poll_fn;
@@ -27,6 +31,7 @@ use std::task::Poll;
 use hyper::StatusCode;
 use hyper::body::{Body as _, Incoming};
 use hyper::{Response, http::response};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
@@ -143,8 +148,9 @@ impl Service {
         operation.turn(at, length).await.map_err(|Doubtful| Refusal::doubtful())?;
         let mode = if sparse { ZeroMode::Punch } else { ZeroMode::Allocate };
         let work = Some((writer, operation));
-        let connection = Arc::clone(&self.connection);
-        Ok(Writing { kind, begun, connection, ticket, work, slot, mode, start: at, at, marked: at })
+        let (connection, places) = (Arc::clone(&self.connection), Arc::clone(&self.places));
+        let (start, marked, place) = (at, at, None);
+        Ok(Writing { kind, begun, connection, ticket, work, places, place, slot, mode, start, at, marked })
     }
 }
 
@@ -156,6 +162,9 @@ struct Writing {
     ticket: Arc<Ticket>,
     /// Gone when it is done.
     work: Option<(Writer, Operation)>,
+    places: Arc<Semaphore>,
+    /// Had while the writer has buffers.
+    place: Option<OwnedSemaphorePermit>,
     slot: Arc<Slot>,
     mode: ZeroMode,
     start: u64,
@@ -169,16 +178,22 @@ impl Writing {
     async fn stream(&mut self, body: &mut Incoming) -> Result<(), Broken> {
         loop {
             let Some((writer, _)) = &mut self.work else { return Ok(()) };
+            let place = &mut self.place;
             // the storage's answers are taken while the client is waited for
-            let frame = poll_fn(|cx| match writer.poll_progress(cx) {
-                Err(error) => Poll::Ready(Some(Err(Broken::Storage(error)))),
-                Ok(()) => Pin::new(&mut *body)
-                    .poll_frame(cx)
-                    .map(|frame| frame.map(|frame| frame.map_err(|_| Broken::Body))),
+            let frame = poll_fn(|cx| {
+                if let Err(error) = writer.poll_progress(cx) {
+                    return Poll::Ready(Some(Err(Broken::Storage(error))));
+                }
+                let frame = Pin::new(&mut *body).poll_frame(cx);
+                if frame.is_pending() && writer.rest() {
+                    *place = None;
+                }
+                frame.map(|frame| frame.map(|frame| frame.map_err(|_| Broken::Body)))
             });
             let Some(frame) = frame.await else { return Ok(()) };
             // trailers are nobody's bytes
             let Ok(data) = frame?.into_data() else { continue };
+            take(place, &self.places).await;
             writer.write(self.at, &data).await?;
             self.at += data.len() as u64;
             self.mark();
@@ -190,6 +205,9 @@ impl Writing {
         while self.at < end {
             let Some((writer, _)) = &mut self.work else { return Ok(()) };
             let step = (end - self.at).min(ZERO_REQUEST);
+            if writer.sends_zeroes() {
+                take(&mut self.place, &self.places).await;
+            }
             writer.zero(self.at, step, self.mode).await?;
             self.at += step;
             self.mark();
@@ -207,11 +225,17 @@ impl Writing {
     /// Waits until the storage has answered for all, and ends the operation when its answer is in the kernel.
     async fn finish(&mut self, flush: bool) -> Result<(), NbdError> {
         if let Some((writer, _)) = &mut self.work {
-            if flush || !writer.flushes_others() { writer.flush().await? } else { writer.drain().await? }
+            writer.drain().await?;
+            writer.rest();
+            self.place = None;
+            if flush || !writer.flushes_others() {
+                writer.flush().await?;
+            }
         }
         self.mark();
         if let Some((writer, operation)) = self.work.take() {
             self.slot.keep(writer.finish().await?);
+            operation.written();
             self.connection.finished(operation);
         }
         Ok(())
@@ -230,7 +254,9 @@ impl Writing {
         let runtime = tokio::runtime::Handle::try_current();
         let (writer, operation) = self.work.take()?;
         operation.received();
+        let place = self.place.take();
         let ended = runtime.ok()?.spawn(async move {
+            let _place = place;
             let Err(unanswered) = writer.abandon().await else { return true };
             let Ticket { backup, transfer, disk, .. } = &*operation.ticket;
             error!(backup, transfer, disk, error = %chain(&unanswered), "nothing more is written with this ticket");
@@ -264,6 +290,13 @@ impl Drop for Writing {
         drop(journal);
         // nobody waits for it
         let _ = self.give_up();
+    }
+}
+
+async fn take(place: &mut Option<OwnedSemaphorePermit>, places: &Arc<Semaphore>) {
+    if place.is_none() {
+        // they are never closed
+        *place = Arc::clone(places).acquire_owned().await.ok();
     }
 }
 

@@ -122,7 +122,7 @@ impl Writer {
         self.check(offset, length)?;
         let end = offset + length;
         let mut at = offset;
-        if self.client.agreed.flags & export_flag::SEND_WRITE_ZEROES == 0 {
+        if self.sends_zeroes() {
             while at < end {
                 let some = (end - at).min(ZEROES.len() as u64);
                 self.write(at, &ZEROES[..usize::try_from(some).unwrap_or(0)]).await?;
@@ -179,8 +179,8 @@ impl Writer {
     /// The client, when all that was asked is done.
     pub async fn finish(mut self) -> Result<Client, NbdError> {
         self.drain().await?;
-        self.client.outbox.rest();
-        Ok(self.client)
+        // one that answers before it has the whole request cannot be asked for anything else
+        if self.rest() { Ok(self.client) } else { Err(NbdError::GivenUp) }
     }
 
     /// The lowest byte that the server has not answered for; `None` when it has answered for all.
@@ -211,6 +211,21 @@ impl Writer {
             Poll::Ready(Ok(()))
         })
         .await
+    }
+
+    /// Frees its buffers but for what is gathered, where nothing is in flight; whether it was so.
+    pub fn rest(&mut self) -> bool {
+        let rests = self.in_flight.is_empty() && self.client.outbox.next().is_empty();
+        if rests {
+            self.client.outbox.rest();
+        }
+        rests
+    }
+
+    /// Whether zeroes are sent, byte by byte: the server has no command for them.
+    #[must_use]
+    pub fn sends_zeroes(&self) -> bool {
+        self.client.agreed.flags & export_flag::SEND_WRITE_ZEROES == 0
     }
 
     /// Whether a flush covers what was written over other connections, too (`CAN_MULTI_CONN`).

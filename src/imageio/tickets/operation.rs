@@ -55,6 +55,12 @@ impl Operation {
         });
     }
 
+    /// Nothing more of it is written, though its client has not its answer yet.
+    pub(in crate::imageio) fn written(&self) {
+        self.change(|active| active.writes = None);
+        self.tickets.0.ended.notify_waiters();
+    }
+
     /// The storage owes an answer to it: nothing more is written with the ticket, and who owns it is told.
     pub(in crate::imageio) fn doubt(&self) {
         if let Some(entry) = self.tickets.lock().get_mut(&self.ticket.transfer) {

@@ -142,7 +142,7 @@ async fn what_overlaps_is_written_in_turn() {
     assert!(!cuts[0].is_cancelled(), "it waits for the storage, and ends");
     let second = tokio::spawn(async move { second.turn(0, 5).await.map(|()| second) });
     tokio::task::yield_now().await;
-    drop(first);
+    first.written();
     let second = second.await.unwrap().unwrap();
     let third = begin(&CancellationToken::new());
     assert!(tokio::time::timeout(Duration::from_secs(60), third.turn(0, 5)).await.is_err());

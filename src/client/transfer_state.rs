@@ -246,7 +246,7 @@ mod tests {
         for output in [Output::Table, Output::Wide, Output::Json, Output::Yaml, Output::Name] {
             let text = one(&shown).text(output);
             assert!(!text.contains("secret/") && !text.contains("https"), "{text}");
-            assert!(all_of(&[shown.clone()]).text(output).contains('t'));
+            assert!(all_of(std::slice::from_ref(&shown)).text(output).contains('t'));
         }
         assert!(
             one(&shown)

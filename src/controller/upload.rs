@@ -58,7 +58,7 @@ mod tests {
         };
         let allowed = || serde_saphyr::from_str("namespaces: {vms: {pools: [default]}}").unwrap();
         let unreadable = || Err(TenancyError::Content { path: "t".into(), words: "no YAML".to_owned() });
-        let cases: [(&str, &str, Result<Tenancy, TenancyError>, NodeHealth, bool, &str); 8] = [
+        let cases = [
             ("Running", "default", Ok(allowed()), NodeHealth::Up, true, "node-a"),
             ("Cancelled", "default", Ok(allowed()), NodeHealth::Up, true, "Cancelled Cancelled"),
             ("Running", "other", Ok(allowed()), NodeHealth::Gone, true, "Failed PoolNotAllowed"),

@@ -90,7 +90,7 @@ impl Server {
                 Err(NbdError::Connect { .. } | NbdError::ConnectTimeout { .. })
                     if begun.elapsed() < START =>
                 {
-                    sleep(AGAIN).await
+                    sleep(AGAIN).await;
                 }
                 Err(error) => return Err(error.into()),
             }

@@ -6,6 +6,8 @@
 mod image_server_rig;
 mod nbd_qemu_rig;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -166,6 +168,29 @@ async fn a_successor_goes_on_with_what_is_there() {
     // all of the first 40 MiB is data
     let again = cutter.passed() - before;
     assert!(again < DATA - kept.min(40 * MIB) + MIB, "{again} bytes, {kept} were there");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_begins_anew_with_an_image_that_is_damaged() {
+    let bench = Bench::new().await;
+    let cutter = Cutter::start(bench.directory.path(), &bench.server.socket, u64::MAX);
+    let ticket = bench.ticket(&cutter);
+    let mut partial = bench.partial();
+    let (screen, stop) = (Screen::new(true), CancellationToken::new());
+    let how = How { workers: 1, way: Way::Unix };
+    disk(&mut partial, "vda", &ticket, how, &screen, &stop).await.unwrap();
+    partial.state.disks.entry("vda".to_owned()).and_modify(|disk| disk.complete = false);
+    // two clusters of the guest in one of the file: it reads, and reads wrongly
+    let file = File::options().read(true).write(true).open(partial.file("vda.full.qcow2")).unwrap();
+    let number = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let first = number(number(40)) & 0x00ff_ffff_ffff_fe00;
+    file.write_all_at(&number(first).to_be_bytes(), first + 8).unwrap();
+    disk(&mut partial, "vda", &ticket, how, &screen, &stop).await.unwrap();
+    bench.compare(&partial);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -301,6 +301,14 @@ impl Session {
         disk: &BackupDisk,
         how: How,
     ) -> Result<(), Failure> {
+        if !names::is_plain(&disk.name) {
+            let words = format!(
+                "VmBackup {} names a disk {:?}: no file can have that name",
+                backup.name_any(),
+                disk.name
+            );
+            return Err(Failure::Damaged(words));
+        }
         if !partial.state.disks.contains_key(&disk.name) {
             let parent = partial.state.parent.as_ref().map(|(parent, _)| parent.name.clone());
             let below = match parent {

@@ -36,6 +36,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two times that it is asked, at most.
 const PAUSE: Duration = Duration::from_secs(5);
 
+/// What `qemu-img check` ends with when an image is corrupt.
+const CORRUPT: i32 = 2;
+
 /// How a disk is read.
 #[derive(Clone, Copy, Debug)]
 pub struct How {
@@ -171,15 +174,16 @@ async fn prepare(partial: &mut Partial, name: &str, connection: &mut Connection)
         next.work = Some((size, total));
     }
     let path = partial.file(&disk.file);
-    if disk.made {
-        if partial.state.format == super::manifest::DiskFormat::Qcow2 {
-            // what qemu-nbd had not noted when it was killed is lost room, and no more
-            target::qemu_img(
-                ["check", "-q", "-r", "leaks"].map(AsRef::as_ref).into_iter().chain([path.as_os_str()]),
-            )
-            .await?;
+    if disk.made && partial.state.format == super::manifest::DiskFormat::Qcow2 {
+        // what qemu-nbd had not noted when it was killed is lost room, and no more
+        let check = ["check", "-q", "-f", "qcow2", "-r", "leaks"].map(AsRef::as_ref);
+        let checked = target::qemu_img(check.into_iter().chain([path.as_os_str()])).await?;
+        if checked.status.code() == Some(CORRUPT) {
+            // what was written to it cannot be told from what was not
+            (next.made, next.done) = (false, Done::default());
         }
-    } else {
+    }
+    if !next.made {
         let parent = partial.state.parent.as_ref().map(|(parent, _)| parent.name.clone()).unwrap_or_default();
         let backing = disk.base.as_ref().map(|base| (names::backing(&parent, &base.file), base.format));
         let backing = backing.as_ref().map(|(path, format)| (path.as_str(), *format));

@@ -13,7 +13,8 @@ use super::exit::Failure;
 use super::fake::{Answer, Fake};
 use super::folder::Partial;
 use super::images::Way;
-use super::manifest::{DiskFormat, Manifest, Outcome};
+use super::manifest::tests::example;
+use super::manifest::{Base, Checkpoint, DiskFormat, Manifest, Outcome, Parent};
 use super::record;
 use super::resume::tests::wanted;
 use super::screen::Screen;
@@ -231,6 +232,40 @@ async fn what_was_begun_otherwise_is_not_taken_and_not_touched() {
         "it goes on to the VM, which is not there"
     );
     assert!(left.point().is_some());
+}
+
+#[tokio::test]
+async fn nothing_is_finalized_that_is_not_on_stable_storage_with_all_that_it_lies_over() {
+    // the file is not there
+    let fake = Fake::new(obeys);
+    fake.put("vmbackups", ready());
+    let left = Left::new(&fake, state(Some(&ready())));
+    std::fs::remove_file(left.root.path().join(format!(".{NAME}.partial/vda.full.qcow2"))).unwrap();
+    assert!(matches!(left.backup().await, Err(Failure::File { .. })));
+    assert_eq!(fake.asked(), ["Cancelled"]);
+    // the restore point below is not there
+    let fake = Fake::new(obeys);
+    fake.put("vmbackups", ready());
+    let mut over = state(Some(&ready()));
+    let (parent, checkpoint) =
+        (example("a", None), Checkpoint { name: "cp".to_owned(), bitmap: "bm".to_owned() });
+    over.parent = Some((Parent { name: parent.name, uid: parent.backup.uid }, checkpoint));
+    let base = Base { file: "vda.full.qcow2".to_owned(), format: DiskFormat::Qcow2 };
+    over.disks.entry("vda".to_owned()).and_modify(|disk| disk.base = Some(base));
+    let left = Left::new(&fake, over);
+    assert!(matches!(left.backup().await, Err(Failure::Damaged(_))));
+    assert_eq!(fake.asked(), ["Cancelled"]);
+}
+
+#[tokio::test]
+async fn a_disk_is_written_nowhere_else() {
+    let fake = Fake::new(obeys);
+    let bad = backup(NAME, "u", "Ready", &["../vda"]);
+    fake.put("vmbackups", &bad);
+    let mut empty = state(Some(&bad));
+    empty.disks.clear();
+    let left = Left::new(&fake, empty);
+    assert!(matches!(left.backup().await, Err(Failure::Damaged(_))));
 }
 
 #[tokio::test]

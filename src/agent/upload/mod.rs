@@ -1,6 +1,6 @@
 //! Uploads of this node: an ImageTransfer that makes a libvirt volume, from an empty file to one that has its name.
 //!
-//! [`record`] has the machine, [`volume`] the file, [`server`] the qemu-nbd that writes it; here they are put together. It writes
+//! `record` has the machine, `volume` the file, `server` the qemu-nbd that writes it; here they are put together. It writes
 //! the status of ImageTransfers and their Secrets, and never touches a volume that was there before.
 
 mod record;

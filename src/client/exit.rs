@@ -32,7 +32,7 @@ impl Code {
     pub const ALL: &[(Self, &str)] = &[
         (Self::Done, "done"),
         (Self::Failed, "something failed here: a file, a program, the network; the backup was cancelled"),
-        (Self::Usage, "the command line is wrong"),
+        (Self::Usage, "the command line is wrong, or is not what was begun there"),
         (Self::NotFound, "the VM, the backup or the restore point that was named is not there"),
         (Self::Refused, "Virtmark refused the backup, or ended it; its reason is told"),
         (Self::Damaged, "a restore point is damaged, or lacks what it lies over"),

@@ -66,7 +66,8 @@ impl Tenancy {
 
     fn parse(text: &str) -> Result<Self, String> {
         if text.trim().is_empty() {
-            return Ok(Self::default());
+            // somebody is about to write it: one that allows nothing says so
+            return Err("it is empty; `namespaces: {}` allows nothing".to_owned());
         }
         serde_saphyr::from_str(text)
             .map_err(|error| error.to_string().lines().next().unwrap_or_default().to_owned())
@@ -96,13 +97,19 @@ mod tests {
             assert_eq!(tenancy.allows_pool(namespace, pool), allowed, "{namespace} {pool}");
         }
         assert!(!Tenancy::said(None, Ok(String::new())).unwrap().allows_pool("vms", "default"));
-        assert_eq!(Tenancy::parse(" \n").unwrap(), Tenancy::default());
     }
 
     #[test]
     fn a_file_that_says_something_else_allows_nothing_and_says_why() {
-        for text in ["namespace: {}", "namespaces: {vms: {pool: [default]}}", "namespaces: [vms]", "- x", "{"]
-        {
+        for text in [
+            "namespace: {}",
+            "namespaces: {vms: {pool: [default]}}",
+            "namespaces: [vms]",
+            "- x",
+            "{",
+            "",
+            " \n",
+        ] {
             assert!(!Tenancy::parse(text).unwrap_err().is_empty(), "{text}");
         }
         let missing =

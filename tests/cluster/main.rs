@@ -18,6 +18,7 @@ mod incremental;
 mod inventory;
 mod limits;
 mod migration;
+mod pool;
 mod reasons;
 mod refusals;
 mod rig;

@@ -3,55 +3,18 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
-use virtmark_bed::component::TENANT_POOLS;
-use virtmark_bed::hypervisor::Hypervisor;
+use serde_json::json;
 use virtmark_bed::{compare, wait_until};
 
+use super::pool::{left, pool, upload};
 use super::rig::{BOUND, MIB, Rig, small};
 
 const CLIENT: &str = "import sys\nfrom ovirt_imageio import client\n\
     client.upload(sys.argv[1], sys.argv[2], sys.argv[3], max_workers=4)";
-
-/// A pool of the hypervisor, in a folder of its own; the bed's operator allows it.
-pub(crate) fn pool(hypervisor: &Hypervisor, name: &str) -> Result<PathBuf> {
-    ensure!(TENANT_POOLS.contains(&name), "the bed's operator does not allow pool {name}");
-    let folder = hypervisor.dir.join(format!("pool-{name}"));
-    fs::create_dir_all(&folder)?;
-    let path = folder.to_string_lossy();
-    hypervisor.virsh(&["pool-create-as", name, "dir", "--target", &path])?;
-    Ok(folder)
-}
-
-/// The spec of an upload.
-pub(crate) fn upload(node: &str, pool: &str, volume: &str, more: Value) -> Value {
-    let mut spec = json!({"direction": "Upload",
-        "volume": {"nodeName": node, "pool": pool, "name": volume, "size": 32 * MIB}});
-    for (key, value) in more.as_object().into_iter().flatten() {
-        spec["volume"][key] = value.clone();
-    }
-    spec
-}
-
-/// Nothing but these is in the folder, and nothing serves a file of it.
-pub(crate) fn left(folder: &Path, volumes: &[&str]) -> Result<()> {
-    let mut found: Vec<_> =
-        fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
-    found.sort();
-    ensure!(found == volumes, "{found:?} is in the pool, not {volumes:?}");
-    let line = |entry: fs::DirEntry| fs::read(entry.path().join("cmdline")).unwrap_or_default();
-    let lines = fs::read_dir("/proc")?.filter_map(Result::ok).map(line);
-    let words = format!("{}/", folder.display());
-    let serves =
-        |line: &Vec<u8>| line.starts_with(b"qemu-nbd") && String::from_utf8_lossy(line).contains(&words);
-    let serving = lines.filter(serves);
-    ensure!(serving.count() == 0, "a qemu-nbd is left");
-    Ok(())
-}
 
 fn raw(path: &Path, size: u64, parts: &[(u64, u64, u8)]) -> Result<()> {
     let file = File::create(path)?;

@@ -19,6 +19,8 @@ mod kills;
 mod namespace;
 mod nodes;
 mod outages;
+#[path = "../cluster/pool.rs"]
+mod pool;
 #[path = "../metrics/prometheus.rs"]
 #[allow(dead_code, reason = "the metrics tests use the rest")]
 mod prometheus;
@@ -29,9 +31,6 @@ mod restored;
 mod rig;
 mod two_operators;
 mod uploads;
-#[path = "../cluster/uploads.rs"]
-#[allow(dead_code, reason = "the cluster tests use the rest")]
-mod uploads_of_cluster;
 mod wishes;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -9,8 +9,8 @@ use serde_json::json;
 use virtmark_bed::component::TENANCY;
 use virtmark_bed::wait_until;
 
+use super::pool::{left, pool, upload};
 use super::rig::{BOUND, MIB, Rig, small};
-use super::uploads_of_cluster::{left, pool, upload};
 
 #[test]
 fn an_upload_whose_agent_died_fails_and_leaves_nothing() -> Result<()> {
@@ -62,11 +62,17 @@ fn an_operator_that_cannot_read_what_tenants_may_allows_nothing() -> Result<()> 
     let folder = pool(rig.vm.hypervisor(), "uploads-unread")?;
     let tenancy = rig.bed.dir.join(TENANCY);
     let said = fs::read_to_string(&tenancy)?;
-    fs::write(&tenancy, "namespaces: [")?;
+    // whole, as a mounted ConfigMap changes
+    let write = |text: &str| -> Result<()> {
+        let new = tenancy.with_extension("new");
+        fs::write(&new, text)?;
+        Ok(fs::rename(&new, &tenancy)?)
+    };
+    write("namespaces: [")?;
     let transfer = rig.transfer("unread-1", &upload("node-b", "uploads-unread", "v", json!({})));
     let waits = transfer.and_then(|()| rig.reason("imagetransfer", "unread-1", "TenancyUnreadable"));
     // whatever came of it, for those who come next
-    fs::write(&tenancy, &said)?;
+    write(&said)?;
     ensure!(waits?.contains("tenancy.yaml"));
     rig.phase("imagetransfer", "unread-1", "Ready")?;
     rig.state("imagetransfer", "unread-1", "Cancelled")?;

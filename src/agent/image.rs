@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde::Deserialize;
 
-use super::backup::act::HostError;
+use super::backup::act::{HostError, io_error};
 use crate::libvirt::one_line;
 
 /// What qemu-img says of a qcow2 image.
@@ -78,9 +78,9 @@ impl Info {
 /// # Errors
 /// [`HostError::NotSeen`]; the operating system's.
 pub fn is_there(image: &Path) -> Result<bool, HostError> {
-    let io = |source| HostError::Io { path: image.to_owned(), source };
+    let io = io_error(image);
     let folder = image.parent().unwrap_or(image);
-    if image.try_exists().map_err(io)? {
+    if image.try_exists().map_err(&io)? {
         return Ok(true);
     }
     if folder.try_exists().map_err(io)? { Ok(false) } else { Err(HostError::NotSeen(image.to_owned())) }

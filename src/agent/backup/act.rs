@@ -470,7 +470,8 @@ pub enum Job {
     Lost,
 }
 
-fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {
+/// What the operating system says of a file.
+pub fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {
     let path = path.to_owned();
     move |source| HostError::Io { path: path.clone(), source }
 }

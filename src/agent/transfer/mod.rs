@@ -14,7 +14,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
 use self::status::{Observed, PROGRESS_SECONDS, Standing};
-pub use self::ticket::{StoredTicket, believed, secret, secret_name};
+pub use self::ticket::{StoredTicket, believed, secret, secret_name, uncertified};
 use self::ticket::{open, pause};
 pub use self::wish::{Wish, wish};
 use super::backup::life::Outcome;

@@ -127,8 +127,7 @@ pub(super) async fn open(
         return Ok(Standing::Open { secret: Some(secret_name(uid, ticket.secret)), nbd: None });
     }
     let Some(ca) = context.certificate.ca() else {
-        let why = "the node's image server waits for its certificate";
-        return Ok(Standing::Waiting(Because::new(Reason::BackupNotReady, why)));
+        return Ok(uncertified());
     };
     let api = Api::<Secret>::namespaced(context.client.clone(), &record.namespace);
     ticket.paused = false;
@@ -162,6 +161,12 @@ pub(super) fn pause(uid: &str, record: &Record, context: &Context) -> Result<(),
         context.host.state.store_ticket(&record.uid, uid, &paused)?;
     }
     Ok(())
+}
+
+/// A client could not know the image server yet.
+pub fn uncertified() -> Standing {
+    let why = "the node's image server waits for its certificate";
+    Standing::Waiting(Because::new(Reason::BackupNotReady, why))
 }
 
 /// The name of a transfer's Secret with this number.

@@ -105,11 +105,7 @@ pub async fn reconcile(
             Err(error) => return Err(error.into()),
             Ok(None) => match plan(transfer, uid, old, volume, &wanted, context).await? {
                 Ok(upload) => upload,
-                Err(because) => {
-                    let cancelled = matches!(because.reason, Reason::Cancelled | Reason::TransferInactive);
-                    let phase = if cancelled { Phase::Cancelled } else { Phase::Failed };
-                    break Standing::Ended(phase, because);
-                }
+                Err((phase, because)) => break Standing::Ended(phase, because),
             },
         };
         let next = upload.stage.next(&wanted, interrupted(serving.as_mut()), old.phase.is_terminal());
@@ -227,7 +223,7 @@ async fn clean_gone(uid: &str, context: &Context) -> Result<(), AgentError> {
         volume = upload.volume,
         "its ImageTransfer is gone: what is left is removed"
     );
-    if !matches!(upload.stage, Stage::Succeeded | Stage::Ended(..)) {
+    if !upload.stage.is_over() {
         discard(&upload, serving.take(), context).await?;
     }
     state.forget_upload(uid)?;

@@ -14,7 +14,7 @@ use super::{Serving, server, volume};
 use crate::agent::backup::act::HostError;
 use crate::agent::context::DRAIN;
 use crate::agent::transfer::status::Standing;
-use crate::agent::transfer::{secret, secret_name};
+use crate::agent::transfer::{secret, secret_name, uncertified};
 use crate::agent::{AgentError, Context};
 use crate::api::{AGENT, ImageTransfer, ImageTransferStatus};
 use crate::cluster;
@@ -69,8 +69,7 @@ pub(super) async fn answer(
         return Ok(open(upload.secret));
     }
     let Some(ca) = context.certificate.ca() else {
-        let why = "the node's image server waits for its certificate";
-        return Ok(Standing::Waiting(Because::new(Reason::BackupNotReady, why)));
+        return Ok(uncertified());
     };
     if !told {
         let secrets = Api::<Secret>::namespaced(context.client.clone(), &upload.namespace);

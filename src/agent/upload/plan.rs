@@ -11,7 +11,7 @@ use crate::api::{ImageTransfer, ImageTransferStatus, NewVolume, Phase};
 use crate::imageio::{Access, Ticket, TicketId};
 use crate::reason::{Because, Reason};
 
-/// What becomes of a transfer that nothing is stored of; why it ends, if it does.
+/// What becomes of a transfer that nothing is stored of; in which phase it ends and why, if it does.
 pub(super) async fn plan(
     transfer: &ImageTransfer,
     uid: &str,
@@ -19,31 +19,32 @@ pub(super) async fn plan(
     volume: &NewVolume,
     wanted: &Wish,
     context: &Context,
-) -> Result<Result<Upload, Because>, AgentError> {
-    if let Wish::End(Phase::Cancelled, because) = wanted {
-        return Ok(Err(because.clone()));
+) -> Result<Result<Upload, (Phase, Because)>, AgentError> {
+    if let Wish::End(phase @ Phase::Cancelled, because) = wanted {
+        return Ok(Err((*phase, because.clone())));
     }
+    let failed = |because| Ok(Err((Phase::Failed, because)));
     if old.ticket_secret.is_some() {
         let why =
             "this node knows nothing of the upload any more: look for its .virtmark-*.partial in the pool";
-        return Ok(Err(Because::new(Reason::UploadInterrupted, why)));
+        return failed(Because::new(Reason::UploadInterrupted, why));
     }
     let state = &context.host.state;
     let others = state.uploads()?.into_iter().filter_map(|other| state.upload(&other).ok().flatten());
-    let going_on = others.filter(|other| !matches!(other.stage, Stage::Succeeded | Stage::Ended(..)));
+    let going_on = others.filter(|other| !other.stage.is_over());
     let mut promised = 0_u64;
     for other in going_on.filter(|other| other.pool == volume.pool) {
         promised = promised.saturating_add(other.size);
         if other.volume == volume.name {
             let why = format!("another upload makes volume {} in pool {}", volume.name, volume.pool);
-            return Ok(Err(Because::new(Reason::VolumeExists, why)));
+            return failed(Because::new(Reason::VolumeExists, why));
         }
     }
     let (host, wanted) = (context.host.clone(), volume.clone());
     let (folder, place) =
         match settled(context.blocking(move || Ok(volume::folder(&host, &wanted, promised))).await?)? {
             Ok(found) => found,
-            Err(because) => return Ok(Err(because)),
+            Err(because) => return failed(because),
         };
     let size = u64::try_from(volume.size).unwrap_or_default();
     let upload = Upload {

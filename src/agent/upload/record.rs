@@ -96,6 +96,11 @@ pub enum Next {
 }
 
 impl Stage {
+    /// Whether it came to its end.
+    pub fn is_over(&self) -> bool {
+        matches!(self, Self::Succeeded | Self::Ended(..))
+    }
+
     /// What is to be done next. `interrupted`: why the server of the volume is not the one that was begun, where it is not.
     /// `is_over`: it was told already that it ended, for its node was lost.
     pub fn next(&self, wish: &Wish, interrupted: Option<Because>, is_over: bool) -> Next {
@@ -203,7 +208,7 @@ mod tests {
                 let next = stage.next(&wish, interrupted, false);
                 prop_assert!(!lost || matches!(next, Next::Discard(..)), "{stage:?} {next:?}");
                 let then = after(&stage, &next, fails);
-                if matches!(stage, Stage::Succeeded | Stage::Ended(..)) {
+                if stage.is_over() {
                     prop_assert_eq!(&then, &stage);
                 }
                 if then == Stage::Succeeded && stage != then {

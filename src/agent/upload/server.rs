@@ -111,7 +111,7 @@ impl Server {
         writer.flush().await?;
         writer.finish().await?.disconnect().await?;
         if let Some(pid) = self.process.id() {
-            terminate(pid);
+            signal(pid, Signal::TERM);
         }
         let status = timeout(END, self.process.wait()).await.map_err(|_| ServerError::Lingers)?;
         let status = status.map_err(ServerError::Run)?;
@@ -143,10 +143,10 @@ fn words(said: &Path, status: String) -> ServerError {
     ServerError::Ended { status, words: one_line(&String::from_utf8_lossy(&text), 512) }
 }
 
-fn terminate(pid: u32) {
+fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         // one that is gone needs no signal
-        let _ = kill_process(pid, Signal::TERM);
+        let _ = kill_process(pid, signal);
     }
 }
 
@@ -154,10 +154,7 @@ fn terminate(pid: u32) {
 /// whether one is left still.
 pub fn end_leftover(run: &Path) -> bool {
     let Some(pid) = leftover(run) else { return false };
-    if let Some(process) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        // one that is gone needs no signal
-        let _ = kill_process(process, Signal::KILL);
-    }
+    signal(pid, Signal::KILL);
     true
 }
 

@@ -10,7 +10,7 @@ use std::process::Command;
 use serde::Deserialize;
 
 use super::record::{Inode, Upload};
-use crate::agent::backup::act::{Host, HostError};
+use crate::agent::backup::act::{Host, HostError, io_error};
 use crate::agent::image::qemu_img;
 use crate::api::NewVolume;
 use crate::libvirt::one_line;
@@ -32,11 +32,6 @@ pub enum VolumeError {
 
 fn refused<T>(reason: Reason, message: String) -> Result<T, VolumeError> {
     Err(Because::new(reason, message).into())
-}
-
-fn io_error(path: &Path) -> impl Fn(io::Error) -> HostError {
-    let path = path.to_owned();
-    move |source| HostError::Io { path: path.clone(), source }
 }
 
 fn inode(found: &Metadata) -> Inode {
